@@ -1,0 +1,232 @@
+"""One overlay file, merged definition by definition into upstream's file of that name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import TypeVar
+
+import libcst as cst
+from libcst.helpers import get_absolute_module_for_import
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from packaging.version import Version
+
+from . import OverlayError
+from .imports import add_imports, imported
+from .splice import (
+    is_docstring,
+    is_ellipsis,
+    is_spliced,
+    leading_lines,
+    meaning,
+    names,
+    single,
+    source,
+    splice,
+    statements,
+    with_statements,
+)
+
+Statement = cst.BaseStatement
+Node = TypeVar("Node", bound=cst.CSTNode)
+
+# `# release: <0.23` on the line above a definition: only releases in this range need it.
+RELEASE = re.compile(r"#\s*release:\s*(.*)")
+
+
+def merge(
+    ours: bytes, theirs: bytes, *, path: str, release: Version, overlay: Mapping[str, bytes]
+) -> bytes:
+    """Returns upstream's file `theirs` with the definitions of the overlay's file `ours`.
+
+    `path` is where the file lies (`vllm/…/qwen3_vl.py`); `overlay` has all the overlay's
+    files by path, to tell which base classes the fork provides.
+
+    Raises:
+        OverlayError: a definition, anchor or signature does not fit this release.
+    """
+    merger = _Merger(path, release, overlay)
+    module = merger.parse(theirs, "upstream's file")
+    merged = merger.module(merger.parse(ours, "the overlay's file"), module)
+    return merged.bytes if merged is not module else theirs
+
+
+@dataclass
+class _Merger:
+    path: str
+    release: Version
+    overlay: Mapping[str, bytes]
+    provided: dict[str, Set[str]] = field(default_factory=dict)
+
+    def error(self, definition: str, problem: object) -> OverlayError:
+        return OverlayError(f"{self.path}: {definition}: {problem} (vLLM {self.release})")
+
+    def parse(self, text: bytes, what: str) -> cst.Module:
+        try:
+            return cst.parse_module(text)
+        except (cst.ParserSyntaxError, UnicodeDecodeError) as error:
+            raise self.error(what, f"does not parse: {error}") from None
+
+    def module(self, ours: cst.Module, theirs: cst.Module) -> cst.Module:
+        self.provided = self.bases_of_the_fork(ours)
+        wanted = self.wanted(ours.body, "module")
+        imports = [s for s in wanted if isinstance(single(s), (cst.Import, cst.ImportFrom))]
+        try:
+            body = add_imports(imports, list(theirs.body))
+        except OverlayError as error:
+            raise self.error("imports", error) from None
+        body = self.members([s for s in wanted if s not in imports], body, "")
+        return theirs if body == list(theirs.body) else theirs.with_changes(body=body)
+
+    def wanted(self, body: Iterable[Statement], where: str) -> list[Statement]:
+        """Those that this release needs, without the comments that say so."""
+        kept = []
+        for statement in body:
+            if is_docstring(statement):
+                continue
+            specifiers = [
+                (line, match[1])
+                for line in getattr(statement, "leading_lines", ())
+                if line.comment and (match := RELEASE.match(line.comment.value))
+            ]
+            for line, specifier in specifiers:
+                try:
+                    fits = SpecifierSet(specifier).contains(self.release, prereleases=True)
+                except InvalidSpecifier:
+                    raise self.error(
+                        names(statement) or where, f"`{line.comment.value}` is no version specifier"
+                    ) from None
+                if not fits:
+                    break
+                statement = statement.deep_remove(line)  # type: ignore[assignment]
+            else:
+                kept.append(statement)
+        return kept
+
+    def members(self, ours: list[Statement], theirs: list[Statement], owner: str) -> list[Statement]:
+        """Merges the definitions of a module (`owner` is empty) or of a class.
+
+        A new one comes before the definition that follows it in the overlay, or last.
+        """
+        body = list(theirs)
+        following: str | None = None
+        for statement in reversed(ours):
+            name = names(statement)
+            definition = f"{owner}.{name}" if owner else name
+            if not name:
+                raise self.error(
+                    owner or "module", f"`{source(statement)}` is no definition: it cannot be merged"
+                )
+            found = [i for i, other in enumerate(body) if names(other) == name]
+            if len(found) > 1:
+                raise self.error(definition, f"upstream defines it {len(found)} times")
+            if found:
+                body[found[0]] = self.definition(statement, body[found[0]], definition)
+            else:
+                self.check_new(statement, definition)
+                at = next((i for i, s in enumerate(body) if names(s) == following), len(body))
+                body.insert(at, spaced(statement, 1 if owner else 2))
+            following = name
+        return body
+
+    def definition(self, ours: Statement, theirs: Statement, name: str) -> Statement:
+        if type(ours) is not type(theirs):
+            raise self.error(name, "upstream's is another kind of definition")
+        if isinstance(ours, cst.ClassDef) and isinstance(theirs, cst.ClassDef):
+            return self.merge_class(ours, theirs, name)
+        if isinstance(ours, cst.FunctionDef) and is_spliced(ours):
+            assert isinstance(theirs, cst.FunctionDef)
+            try:
+                return splice(ours, theirs)
+            except OverlayError as error:
+                raise self.error(name, error) from None
+        if meaning(ours) == meaning(theirs):
+            return theirs
+        comments = [line for line in leading_lines(ours) if line.comment]
+        blank = [line for line in leading_lines(theirs) if not line.comment]
+        return ours.with_changes(leading_lines=[*blank, *comments])
+
+    def check_new(self, statement: Statement, name: str) -> None:
+        if isinstance(statement, cst.FunctionDef) and is_spliced(statement) or (
+            isinstance(statement, cst.ClassDef) and any(map(is_ellipsis, statements(statement.body)))
+        ):
+            raise self.error(name, "upstream has no such definition for `...` to stand for")
+
+    def merge_class(self, ours: cst.ClassDef, theirs: cst.ClassDef, name: str) -> cst.ClassDef:
+        if ours.keywords or ours.decorators:
+            raise self.error(name, "keywords and decorators of a class cannot be merged")
+        members = [s for s in self.wanted(statements(ours.body), name) if not is_ellipsis(s)]
+        kept = {names(s) for s in members}
+        taken_over = {
+            method
+            for base in ours.bases
+            for method in self.provided.get(source(base.value), ())
+            if method not in kept
+        }
+        old = statements(theirs.body)
+        body = [
+            s for s in old if not (isinstance(s, cst.FunctionDef) and s.name.value in taken_over)
+        ]
+        body = self.members(members, body, name)
+        merged = with_bases(theirs, ours.bases)
+        if body == old:
+            return merged
+        body = body or [cst.SimpleStatementLine([cst.Pass()])]
+        return merged.with_changes(body=with_statements(theirs.body, body))
+
+    def bases_of_the_fork(self, module: cst.Module) -> dict[str, Set[str]]:
+        """The methods of each class that this file imports from another overlay file."""
+        found = {}
+        here = ".".join(PurePosixPath(self.path).with_suffix("").parts)
+        for statement in module.body:
+            small = single(statement)
+            if not isinstance(small, cst.ImportFrom) or isinstance(small.names, cst.ImportStar):
+                continue
+            module = get_absolute_module_for_import(here, small)
+            path = f"{(module or '').replace('.', '/')}.py"
+            if path not in self.overlay:
+                continue
+            classes = {
+                s.name.value: s
+                for s in cst.parse_module(self.overlay[path]).body
+                if isinstance(s, cst.ClassDef)
+            }
+            for _, original, name in imported(statement):
+                if original in classes:
+                    found[name] = {
+                        s.name.value
+                        for s in classes[original].body.body
+                        if isinstance(s, cst.FunctionDef)
+                    }
+        return found
+
+
+def with_bases(theirs: cst.ClassDef, ours: Sequence[cst.Arg]) -> cst.ClassDef:
+    present = {source(base.value) for base in theirs.bases}
+    missing = [base for base in ours if source(base.value) not in present]
+    if not missing:
+        return theirs
+    rest = [*theirs.bases, *theirs.keywords]
+    lpar = theirs.lpar if isinstance(theirs.lpar, cst.LeftParen) else cst.LeftParen()
+    rpar = theirs.rpar if isinstance(theirs.rpar, cst.RightParen) else cst.RightParen()
+    between = lpar.whitespace_after
+    if isinstance(between, cst.SimpleWhitespace):
+        between = cst.SimpleWhitespace(" ")
+    new = [
+        cst.Arg(base.value, comma=cst.Comma(whitespace_after=between))
+        if rest or base is not missing[-1]
+        else cst.Arg(base.value)
+        for base in missing
+    ]
+    return theirs.with_changes(bases=[*new, *theirs.bases], lpar=lpar, rpar=rpar)
+
+
+def spaced(statement: Statement, blank: int) -> Statement:
+    """A definition with the blank lines that belong before it."""
+    if not isinstance(statement, (cst.FunctionDef, cst.ClassDef)):
+        return statement
+    comments = [line for line in leading_lines(statement) if line.comment]
+    lines = [cst.EmptyLine(indent=False)] * blank
+    return statement.with_changes(leading_lines=[*lines, *comments])

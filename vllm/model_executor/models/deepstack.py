@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepStack's staging buffers: the one place where features wait for the decoder.
+
+DeepStack adds features of several vision-encoder layers (levels) to the hidden states
+that leave the first decoder layers (https://arxiv.org/abs/2406.04334). They are known
+when a step's tokens are embedded and used while the decoder runs, so they are staged
+between the two, in buffers that stay where they are from step to step: what
+`torch.compile` and CUDA graphs ask of a model's inputs.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from vllm.sequence import IntermediateTensors
+
+
+class DeepStackMixin:
+    """Stages one step's DeepStack features for the decoder.
+
+    The model that mixes this in makes the buffers: `deepstack_input_embeds`, one a
+    level, each `[rows, hidden_size]`, zeros, of the decoder's dtype and on its device.
+    Its `embed_input_ids` stages with `_set_…`; its `forward` reads with `_get_…`, runs
+    the decoder, and ends with `_clear_…`. In between hold, whatever the order of calls:
+
+    - The decoder's inputs never change in kind. As long as there are buffers, reading
+      gives a tensor for every level, and zeros where nothing is staged. A graph compiled
+      while nothing was staged (the profiling run) therefore takes features as well.
+      Contract of vllm-project/vllm#43617; the defect is vllm-project/vllm#43602.
+    - A row holds the payload last staged there, or zeros.
+    - Without a vision tower there are no buffers: reading gives `None`, all else does
+      nothing. Buffers on the meta device are none: that is where vLLM puts what belongs
+      to a tower it does not load (vllm-project/vllm#49384).
+    """
+
+    deepstack_input_embeds: Sequence[torch.Tensor] = ()
+    """The buffers, by level."""
+
+    deepstack_input_embeds_num_tokens: int = 0
+    """How many rows, from the first, may hold a payload. The rest are zeros."""
+
+    def _get_deepstack_input_embeds(
+        self, num_tokens: int
+    ) -> IntermediateTensors | None:
+        """Reads what the decoder adds in a step of `num_tokens` (padding included).
+
+        Returns `deepstack_input_embeds_0`, `…_1`, …: by level a view `[num_tokens,
+        hidden_size]` of the buffer, of its dtype and on its device. It shows what is
+        staged later too, until the buffers have to grow. `None` without a vision tower.
+        """
+        if not self._has_deepstack_buffers():
+            return None
+        self._resize_deepstack_input_embeds(num_tokens)
+        return IntermediateTensors(
+            {
+                f"deepstack_input_embeds_{level}": buffer[:num_tokens]
+                for level, buffer in enumerate(self.deepstack_input_embeds)
+            }
+        )
+
+    def _set_deepstack_input_embeds(self, deepstack_input_embeds: torch.Tensor) -> None:
+        """Stages a payload, `[levels, num_tokens, hidden_size]`, in place of any other.
+
+        It is copied, and converted to the buffers' dtype and device. Rows that belong to
+        no image are to be zeros.
+
+        Raises:
+            ValueError: the payload has not the buffers' levels and hidden size.
+        """
+        if not self._has_deepstack_buffers():
+            return
+        levels, num_tokens, hidden_size = deepstack_input_embeds.shape
+        expected = len(self.deepstack_input_embeds), self.deepstack_input_embeds[0].size(1)
+        if (levels, hidden_size) != expected:
+            raise ValueError(
+                f"DeepStack payload of {levels} levels, hidden size {hidden_size}, "
+                f"for buffers of {expected[0]} levels, hidden size {expected[1]}"
+            )
+        self._resize_deepstack_input_embeds(num_tokens)
+        for buffer, level in zip(self.deepstack_input_embeds, deepstack_input_embeds):
+            buffer[:num_tokens].copy_(level)
+            buffer[num_tokens : self.deepstack_input_embeds_num_tokens].zero_()
+        self.deepstack_input_embeds_num_tokens = num_tokens
+
+    def _clear_deepstack_input_embeds(self, num_tokens: int) -> None:
+        """Ends the payload of a step of `num_tokens`: its rows are zeros again.
+
+        Rows past `num_tokens` stay staged. Costs nothing where nothing is staged.
+        """
+        staged = self.deepstack_input_embeds_num_tokens
+        if staged == 0:
+            return
+        for buffer in self.deepstack_input_embeds:
+            buffer[: min(num_tokens, staged)].zero_()
+        if num_tokens >= staged:
+            self.deepstack_input_embeds_num_tokens = 0
+
+    def _resize_deepstack_input_embeds(self, num_tokens: int) -> None:
+        """Makes room for `num_tokens` rows. What is staged stays; room is not given up."""
+        if num_tokens > self.deepstack_input_embeds[0].size(0):
+            self.deepstack_input_embeds = [
+                torch.cat([buffer, buffer.new_zeros(num_tokens - len(buffer), buffer.size(1))])
+                for buffer in self.deepstack_input_embeds
+            ]
+
+    def _has_deepstack_buffers(self) -> bool:
+        buffers = self.deepstack_input_embeds
+        return len(buffers) > 0 and not buffers[0].is_meta
