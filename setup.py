@@ -1,0 +1,167 @@
+"""A pinned vLLM release, merged with the overlay, as a wheel named `vllm`.
+
+VLLM_TARGET_DEVICE=cpu|cuda chooses the build; without it, what the machine has.
+VLLM_PRECOMPILED_WHEEL_LOCATION names a wheel of the release that is already at hand.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from email.message import Message
+from pathlib import Path
+
+from packaging.metadata import Metadata, parse_email
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name, parse_wheel_filename
+from packaging.version import Version
+from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.dist_info import dist_info
+from setuptools.command.editable_wheel import editable_wheel
+from setuptools.errors import PlatformError, SetupError
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))  # a build isolated from the project leaves it out
+
+from tools import releases  # noqa: E402
+from tools.overlay import OverlayError  # noqa: E402
+from tools.overlay.tree import Tree, replace  # noqa: E402
+
+REVISION = 1  # of the fork, for one and the same release of vLLM
+BUILD = HERE / "build"
+RELEASE = releases.default()
+
+
+def target_device() -> str:
+    device = os.environ.get("VLLM_TARGET_DEVICE", "").lower()
+    location = os.environ.get("VLLM_PRECOMPILED_WHEEL_LOCATION")
+    if device and device not in releases.DISTRIBUTIONS:
+        raise PlatformError(f"VLLM_TARGET_DEVICE={device}: the fork builds for cpu and cuda")
+    if location:
+        if not Path(location).is_file():
+            raise PlatformError(f"VLLM_PRECOMPILED_WHEEL_LOCATION={location}: there is no such file")
+        try:
+            found = RELEASE.check(Path(location))
+        except releases.ReleaseError as error:
+            raise PlatformError(f"VLLM_PRECOMPILED_WHEEL_LOCATION: {error}") from None
+        if device not in ("", found):
+            raise PlatformError(f"VLLM_TARGET_DEVICE={device}, but {location} is the {found} wheel")
+        return found
+    return device or ("cuda" if Path("/proc/driver/nvidia/version").exists() else "cpu")
+
+
+DEVICE = target_device()
+# vLLM takes a build for a CPU build if its version contains `cpu`.
+VERSION = Version(f"{RELEASE.version}+deepstack.{REVISION}{'.cpu' if DEVICE == 'cpu' else ''}")
+
+
+def unpacked_release() -> tuple[Path, Path]:
+    """The release's wheel, and the folder it is unpacked in, anew."""
+    try:
+        location = os.environ.get("VLLM_PRECOMPILED_WHEEL_LOCATION")
+        wheel = Path(location) if location else RELEASE.fetch(DEVICE, BUILD / "releases")
+    except releases.ReleaseError as error:
+        raise SetupError(str(error)) from None
+    BUILD.mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="merge.", dir=BUILD))
+    run_wheel("unpack", "--dest", folder, wheel)
+    return wheel, next(folder.iterdir())
+
+
+def run_wheel(*arguments: object) -> None:
+    subprocess.run([sys.executable, "-m", "wheel", *map(str, arguments)], check=True)
+
+
+def true_metadata(released: bytes) -> bytes:
+    """The release's METADATA with the fork's name, version, page and working requirements."""
+    raw, unparsed = parse_email(released)
+    if unparsed:
+        raise SetupError(f"the release's METADATA has fields that are not understood: {unparsed}")
+    corrected = [Requirement(text) for text in RELEASE.requires.get(DEVICE, ())]
+    names = {canonicalize_name(requirement.name) for requirement in corrected}
+    kept = [
+        text
+        for text in raw.get("requires_dist", [])
+        if canonicalize_name(Requirement(text).name) not in names
+    ]
+    raw["name"], raw["version"] = "vllm", str(VERSION)
+    raw["requires_dist"] = kept + [str(requirement) for requirement in corrected]
+    raw["description"] = (HERE / "README.md").read_text()
+    raw["description_content_type"] = "text/markdown"
+    return Metadata.from_raw(raw, validate=False).as_rfc822().as_bytes()
+
+
+def wheel_file(tags: object) -> bytes:
+    message = Message()
+    message["Wheel-Version"] = "1.0"
+    message["Generator"] = f"vllm-deepstack ({REVISION})"
+    message["Root-Is-Purelib"] = "false"
+    for tag in sorted(map(str, tags)):  # type: ignore[call-overload]
+        message["Tag"] = tag
+    return message.as_bytes()
+
+
+def true_version(source: bytes) -> bytes:
+    """The release's `_version.py` with the fork's version."""
+    old, new = repr(str(RELEASE.version)).encode(), repr(str(VERSION)).encode()
+    old_tuple = repr(RELEASE.version.release).encode()
+    new_tuple = repr((*RELEASE.version.release, VERSION.local)).encode()
+    if source.count(old) != 1 or source.count(old_tuple) != 1:
+        raise SetupError(f"vllm/_version.py does not hold {RELEASE.version} once")
+    return source.replace(old, new).replace(old_tuple, new_tuple)
+
+
+class merged_wheel(bdist_wheel):
+    def run(self) -> None:
+        wheel, tree = unpacked_release()
+        try:
+            changes = Tree(tree).changes()
+            for change in changes:
+                replace(tree / change.path, change.after)
+            version = tree / "vllm" / "_version.py"
+            replace(version, true_version(version.read_bytes()))
+            info = tree / f"vllm-{VERSION}.dist-info"
+            next(tree.glob("*.dist-info")).rename(info)
+            replace(info / "METADATA", true_metadata((info / "METADATA").read_bytes()))
+            replace(info / "WHEEL", wheel_file(parse_wheel_filename(wheel.name)[3]))
+            Path(self.dist_dir).mkdir(parents=True, exist_ok=True)
+            run_wheel("pack", "--dest-dir", self.dist_dir, tree)
+        except OverlayError as error:
+            raise SetupError(str(error)) from None
+        finally:
+            shutil.rmtree(tree.parent)
+
+
+class merged_dist_info(dist_info):
+    """Metadata ahead of the build, so that an installer learns the requirements in time."""
+
+    def run(self) -> None:
+        _, tree = unpacked_release()
+        try:
+            info = Path(self.output_dir) / f"vllm-{VERSION}.dist-info"
+            info.mkdir(parents=True)
+            released = next(tree.glob("*.dist-info")) / "METADATA"
+            (info / "METADATA").write_bytes(true_metadata(released.read_bytes()))
+        finally:
+            shutil.rmtree(tree.parent)
+
+
+class no_editable_wheel(editable_wheel):
+    def run(self) -> None:
+        raise PlatformError(
+            "the fork has no editable install: install the wheel, then `python -m tools.overlay apply`"
+        )
+
+
+BUILD.mkdir(exist_ok=True)
+setup(
+    name="vllm",
+    version=str(VERSION),
+    packages=[],
+    py_modules=[],
+    cmdclass={"bdist_wheel": merged_wheel, "dist_info": merged_dist_info, "editable_wheel": no_editable_wheel},
+    # Not beside vllm/: Python would take it for an installed vLLM's metadata.
+    options={"egg_info": {"egg_base": str(BUILD)}},
+)

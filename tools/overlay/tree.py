@@ -1,0 +1,302 @@
+"""A vLLM source tree on disk, and the overlay's way into it and out again."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import csv
+import difflib
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.version import InvalidVersion, Version
+
+from tools import releases
+
+from . import OverlayError
+from .merge import merge
+
+OVERLAY = releases.ROOT
+# What `revert` needs. It lies beside `vllm/`, and in an installation's RECORD.
+STATE = ".vllm-deepstack"
+
+
+@dataclass(frozen=True)
+class Change:
+    path: str
+    before: bytes | None
+    """None where the file is new."""
+    after: bytes
+
+    def diff(self) -> Iterator[str]:
+        """As git writes it: `git apply` takes it."""
+        before = lines(self.before) if self.before is not None else []
+        old, new = f"a/{self.path}", f"b/{self.path}"
+        yield f"diff --git {old} {new}\n"
+        if self.before is None:
+            yield "new file mode 100644\n"
+            old = "/dev/null"
+        for line in difflib.unified_diff(before, lines(self.after), old, new):
+            yield line if line.endswith("\n") else line + "\n\\ No newline at end of file\n"
+
+
+def lines(data: bytes) -> list[str]:
+    return list(io.StringIO(data.decode(), newline="\n"))
+
+
+class Tree:
+    """A folder that contains `vllm/`: site-packages, an unpacked wheel or sdist, a checkout.
+
+    Raises:
+        OverlayError: it contains none, or one of a release that is not known.
+    """
+
+    def __init__(self, root: Path, overlay: Path = OVERLAY):
+        self.root = root
+        self.state = root / STATE
+        self.overlay = {
+            path.relative_to(overlay).as_posix(): path.read_bytes()
+            for path in sorted((overlay / "vllm").rglob("*.py"))
+        }
+        if not self.overlay:
+            raise OverlayError(f"{overlay}: no overlay there: it has no vllm/**/*.py")
+        if not (root / "vllm" / "__init__.py").is_file():
+            raise OverlayError(f"{root}: no vLLM there: it has no vllm/__init__.py")
+        self.release = self._release()
+
+    def _release(self) -> releases.Release:
+        table = releases.releases()
+        version_file = self.root / "vllm" / "_version.py"
+        if version_file.exists():
+            version = assigned(version_file, "__version__")
+            try:
+                public = Version(Version(str(version)).public)
+            except InvalidVersion:
+                raise OverlayError(f"{version_file}: no version found in it") from None
+            if public in table:
+                return table[public]
+        else:  # a checkout that was never built: it is known by its files
+            version = "of unknown version"
+            for release in table.values():
+                if all(self._hash(path) == digest for path, digest in release.sources.items()):
+                    return release
+        raise OverlayError(
+            f"{self.root}: unknown release: vLLM {version}; the overlay knows "
+            + ", ".join(map(str, table))
+        )
+
+    def _read(self, path: str) -> bytes | None:
+        """A file as upstream has it: what `apply` put aside, else what is there."""
+        for file in (self.state / "originals" / path, self.root / path):
+            if file.is_file():
+                return file.read_bytes()
+        return None
+
+    def _hash(self, path: str) -> str | None:
+        data = self._read(path)
+        return None if data is None else releases.sha256(data)
+
+    def changes(self) -> list[Change]:
+        """What the overlay changes in the tree as it is: nothing once it is applied.
+
+        Raises:
+            OverlayError: a file is not the release's, or the overlay does not fit it.
+        """
+        manifest = self._manifest()
+        found = []
+        for path, ours in self.overlay.items():
+            file = self.root / path
+            current = file.read_bytes() if file.is_file() else None
+            if path not in self.release.sources:
+                after = ours
+                foreign = current not in (None, ours)
+            else:
+                upstream = self._read(path)
+                if upstream is None:
+                    raise OverlayError(f"{file}: missing, though vLLM {self.release.version} has it")
+                after = merge(
+                    ours, upstream, path=path, release=self.release.version, overlay=self.overlay
+                )
+                foreign = current != after and current != upstream or (
+                    upstream != after and releases.sha256(upstream) != self.release.sources[path]
+                )
+            if foreign and (not manifest or digest(current) != manifest["files"].get(path)):
+                raise OverlayError(
+                    f"{file}: not as vLLM {self.release.version} was released: edited by someone "
+                    "else; reinstall vLLM or undo the edit"
+                )
+            if current != after:
+                found.append(Change(path, current, after))
+        return found
+
+    def apply(self) -> list[Change]:
+        """Merges in place, all or nothing. Returns what it changed.
+
+        Raises:
+            OverlayError: as `changes`; or the tree cannot be written to.
+        """
+        if self._manifest() and self.changes():
+            self.revert()  # an earlier overlay's merge: make anew from the originals
+        changes = self.changes()
+        if not changes:
+            return []
+        record = self._record(changes)
+        written = [*changes, *([record] if record else [])]
+        try:
+            self._put_aside(written)
+            try:
+                for change in written:
+                    replace(self.root / change.path, change.after)
+                self._write_manifest(written, "applied")
+            except BaseException:
+                self._restore()
+                raise
+        except OSError as error:
+            raise OverlayError(f"{self.root}: cannot be written to: {error}; nothing was changed") from error
+        return changes
+
+    def revert(self) -> list[str]:
+        """Puts back the bytes that were there before `apply`. Returns the files' paths.
+
+        Raises:
+            OverlayError: nothing was applied, a file was edited since, or the tree cannot be
+                written to.
+        """
+        if not self.state.is_dir():
+            raise OverlayError(f"{self.root}: the overlay was not applied here (no {STATE})")
+        files = self._load()["files"]
+        for path, after in files.items():
+            original = self.state / "originals" / path
+            before = original.read_bytes() if original.exists() else None
+            file = self.root / path
+            if digest(file.read_bytes() if file.is_file() else None) not in (after, digest(before)):
+                raise OverlayError(f"{file}: edited since the overlay was applied; undo that edit first")
+        try:
+            self._write_manifest_status("reverting")
+            self._restore()
+        except OSError as error:
+            raise OverlayError(f"{self.root}: cannot be written to: {error}") from error
+        return list(files)
+
+    def _put_aside(self, changes: list[Change]) -> None:
+        """Writes the originals down, whole or not at all."""
+        made = Path(tempfile.mkdtemp(prefix=f"{STATE}.", dir=self.root))
+        try:
+            (made / ".gitignore").write_text("*\n")
+            for change in changes:
+                if change.before is not None:
+                    original = made / "originals" / change.path
+                    original.parent.mkdir(parents=True, exist_ok=True)
+                    original.write_bytes(change.before)
+            self._write_manifest(changes, "applying", made)
+            made.chmod(0o755)
+            made.rename(self.state)
+        except BaseException:
+            shutil.rmtree(made)
+            raise
+
+    def _restore(self) -> None:
+        for path in self._load()["files"]:
+            original = self.state / "originals" / path
+            file = self.root / path
+            if original.exists():
+                replace(file, original.read_bytes())
+            else:
+                file.unlink(missing_ok=True)
+                for cached in (file.parent / "__pycache__").glob(f"{file.stem}.*.pyc"):
+                    cached.unlink()
+        shutil.rmtree(self.state)
+
+    def _manifest(self) -> dict | None:
+        """What was applied; None if nothing was.
+
+        Raises:
+            OverlayError: an `apply` or `revert` was interrupted.
+        """
+        if not self.state.is_dir():
+            return None
+        manifest = self._load()
+        if manifest["status"] != "applied":
+            raise OverlayError(
+                f"{self.root}: interrupted while {manifest['status']} the overlay; "
+                "`revert` puts back what was there"
+            )
+        return manifest
+
+    def _load(self) -> dict:
+        return json.loads((self.state / "manifest.json").read_text())
+
+    def _write_manifest(self, changes: list[Change], status: str, folder: Path | None = None) -> None:
+        files = {change.path: digest(change.after) for change in changes}
+        manifest = {"release": str(self.release.version), "status": status, "files": files}
+        replace((folder or self.state) / "manifest.json", json.dumps(manifest, indent=2).encode())
+
+    def _write_manifest_status(self, status: str) -> None:
+        manifest = self._load() | {"status": status}
+        replace(self.state / "manifest.json", json.dumps(manifest, indent=2).encode())
+
+    def _record(self, changes: list[Change]) -> Change | None:
+        """The change that keeps an installation's RECORD true; None where there is none."""
+        paths = {change.path: change.after for change in changes}
+        for file in sorted(self.root.glob("vllm*.dist-info/RECORD")):
+            before = file.read_bytes()
+            record, known = [], set()
+            for line in lines(before):
+                path = next(csv.reader([line]))[0]
+                known.add(path)
+                end = line[len(line.rstrip("\r\n")) :]
+                record.append(record_row(path, paths[path]) + end if path in paths else line)
+            if not known & set(self.release.sources):
+                continue
+            end = "\r\n" if record[0].endswith("\r\n") else "\n"
+            own = file.relative_to(self.root).as_posix()
+            kept = [*(c.path for c in changes if c.before is not None), own]
+            record += [record_row(c.path, c.after) + end for c in changes if c.path not in known]
+            record += [f"{STATE}/{name},,{end}" for name in (".gitignore", "manifest.json")]
+            record += [f"{STATE}/originals/{path},,{end}" for path in kept]
+            return Change(own, before, "".join(record).encode())
+        return None
+
+
+def record_row(path: str, data: bytes) -> str:
+    """A RECORD's line for a file, as the wheel format has it."""
+    hashed = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+    return f"{path},sha256={hashed},{len(data)}"
+
+
+def digest(data: bytes | None) -> str | None:
+    return None if data is None else releases.sha256(data)
+
+
+def assigned(file: Path, name: str) -> object:
+    """The literal that a module assigns to a name; None if it does not."""
+    for statement in ast.parse(file.read_text()).body:
+        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Constant):
+            if any(isinstance(t, ast.Name) and t.id == name for t in statement.targets):
+                return statement.value.value
+    return None
+
+
+def replace(file: Path, data: bytes) -> None:
+    """Replaces a file's content at once. Never writes through: installers link files."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    try:
+        with os.fdopen(handle, "wb") as output:
+            output.write(data)
+            output.flush()
+            os.fsync(output.fileno())
+        if file.exists():
+            shutil.copymode(file, temporary)
+        else:
+            os.chmod(temporary, 0o644)
+        os.replace(temporary, file)
+    except BaseException:
+        os.unlink(temporary)
+        raise
