@@ -1,0 +1,198 @@
+"""Tiny Qwen3-VL and Qwen3-Omni checkpoints, complete, with weights drawn from a seed.
+
+    python -m tests.tiny_models qwen3_vl OUT_DIR [SEED]
+
+Four decoder layers of hidden size 128, three DeepStack levels, float32. Weights are drawn
+wide enough that every branch of the model moves the logits (of a scale of about 3).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers.models.qwen3_omni_moe import Qwen3OmniMoeProcessor
+from transformers.models.qwen3_vl import Qwen3VLProcessor
+
+HIDDEN = 128
+LEVELS = 3
+# Attributes under which the processors look their tokens up.
+SPECIAL = {f"{kind}_token": f"<|{kind}_pad|>" for kind in ("image", "video", "audio")} | {
+    f"{kind}_{end}_token": f"<|{kind}_{word}|>"
+    for kind in ("vision", "audio")
+    for end, word in (("bos", "start"), ("eos", "end"))
+}
+CHAT_TEMPLATE = """
+{%- for message in messages -%}
+<|im_start|>{{ message.role + '\n' }}
+{%- if message.content is string -%}{{ message.content }}
+{%- else -%}
+{%- for part in message.content -%}
+{%- if part.type == 'text' -%}{{ part.text }}
+{%- elif 'image' in part.type -%}<|vision_start|><|image_pad|><|vision_end|>
+{%- elif 'video' in part.type -%}<|vision_start|><|video_pad|><|vision_end|>
+{%- elif 'audio' in part.type -%}<|audio_start|><|audio_pad|><|audio_end|>
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}<|im_end|>{{ '\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}<|im_start|>assistant{{ '\n' }}{%- endif -%}
+"""
+CORPUS = ["what is the length of x in the triangle", "which angle of the shape is the largest", "find the area"]
+# 4 to 64 image tokens of 32x32 pixels.
+PIXELS: dict[str, Any] = {
+    "patch_size": 16, "merge_size": 2, "temporal_patch_size": 2, "min_pixels": 4 * 32**2, "max_pixels": 64 * 32**2,
+}
+
+
+def text_config(tokenizer: transformers.PreTrainedTokenizerFast) -> dict[str, Any]:
+    return {
+        "vocab_size": 512,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 2 * HIDDEN,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        "rope_theta": 10000.0,
+        "rope_scaling": {"rope_type": "default", "mrope_section": [8, 4, 4], "mrope_interleaved": True},
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def vision_config() -> dict[str, Any]:
+    return {
+        "depth": 4,
+        "hidden_size": HIDDEN,
+        "out_hidden_size": HIDDEN,
+        "intermediate_size": 2 * HIDDEN,
+        "num_heads": 4,
+        "in_channels": 3,
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": 2,
+        "num_position_embeddings": 256,
+        "deepstack_visual_indexes": list(range(LEVELS)),
+    }
+
+
+def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *SPECIAL.values()]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        CORPUS * 5, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=SPECIAL,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def token_ids(tokenizer: transformers.PreTrainedTokenizerFast, **fields: str) -> dict[str, int]:
+    """Config fields that hold a special token's id."""
+    return {field: tokenizer.convert_tokens_to_ids(SPECIAL[name]) for field, name in fields.items()}
+
+
+def draw_weights(model: torch.nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.normal_(0, 0.08, generator=generator)
+
+
+def qwen3_vl(out: Path, seed: int = 0) -> Path:
+    tokenizer = make_tokenizer()
+    config = transformers.Qwen3VLConfig(
+        text_config=text_config(tokenizer),
+        vision_config=vision_config(),
+        **token_ids(
+            tokenizer,
+            image_token_id="image_token",
+            video_token_id="video_token",
+            vision_start_token_id="vision_bos_token",
+            vision_end_token_id="vision_eos_token",
+        ),
+    )
+    model = transformers.Qwen3VLForConditionalGeneration(config).float()
+    draw_weights(model, seed)
+    model.save_pretrained(out)
+    images = transformers.Qwen2VLImageProcessor(**PIXELS, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    videos = transformers.Qwen3VLVideoProcessor(patch_size=16, merge_size=2, temporal_patch_size=2)
+    Qwen3VLProcessor(images, tokenizer, videos, chat_template=CHAT_TEMPLATE).save_pretrained(out)
+    return out
+
+
+def qwen3_omni(out: Path, seed: int = 0) -> Path:
+    """The thinker, in a checkpoint of the whole model's layout."""
+    tokenizer = make_tokenizer()
+    experts = {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": HIDDEN // 2,
+        "decoder_sparse_step": 1, "norm_topk_prob": True, "mlp_only_layers": [],
+    }
+    audio = {
+        "d_model": HIDDEN, "output_dim": HIDDEN, "encoder_layers": 2, "encoder_attention_heads": 4,
+        "encoder_ffn_dim": 2 * HIDDEN, "num_mel_bins": 128, "downsample_hidden_size": 32,
+        "n_window": 50, "n_window_infer": 800, "conv_chunksize": 500, "max_source_positions": 1500,
+    }
+    config = transformers.Qwen3OmniMoeConfig(
+        enable_audio_output=False,
+        thinker_config={
+            "text_config": text_config(tokenizer) | experts,
+            "vision_config": vision_config() | {"image_size": 256, "apply_vit_abs_pos_embed": True},
+            "audio_config": audio,
+            "position_id_per_seconds": 13,
+            **token_ids(
+                tokenizer,
+                image_token_id="image_token",
+                video_token_id="video_token",
+                audio_token_id="audio_token",
+                vision_start_token_id="vision_bos_token",
+                vision_end_token_id="vision_eos_token",
+                audio_start_token_id="audio_bos_token",
+                audio_end_token_id="audio_eos_token",
+            ),
+        },
+    )
+    thinker = transformers.Qwen3OmniMoeThinkerForConditionalGeneration(config.thinker_config).float()
+    draw_weights(thinker, seed)
+    thinker.save_pretrained(out)  # one tensor an expert, as the checkpoint format has it
+    weights = out / "model.safetensors"
+    tensors = {f"thinker.{name}": tensor for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    config.architectures = ["Qwen3OmniMoeForConditionalGeneration"]
+    config.save_pretrained(out)
+    Qwen3OmniMoeProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(**PIXELS, image_mean=[0.5] * 3, image_std=[0.5] * 3),
+        video_processor=transformers.Qwen2VLVideoProcessor(patch_size=16, merge_size=2, temporal_patch_size=2),
+        feature_extractor=transformers.WhisperFeatureExtractor(feature_size=128),
+        tokenizer=tokenizer,
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(out)
+    return out
+
+
+MODELS = {"qwen3_vl": qwen3_vl, "qwen3_omni": qwen3_omni}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m tests.tiny_models", description=__doc__.splitlines()[0])
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("seed", type=int, nargs="?", default=0)
+    args = parser.parse_args()
+    print(MODELS[args.model](args.out, args.seed))

@@ -1,0 +1,104 @@
+"""Does a model give the same logits compiled as eager?
+
+Runs it in two vLLM engines, each in a process of its own, on the same samples, greedily.
+Options that are not listed here go to both engines: they are vLLM's own, under its names.
+
+Exit code: 0 they agree, 1 they diverge, 2 the check could not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+
+from . import ParityError
+from .report import Report, report, show
+from .run import engine_job, reference_job, run, shared_cores, write_spec
+from .samples import FORMAT, builtin, load
+
+# What the check itself decides; given to an engine they would undo it.
+OWN = ("--enforce-eager", "--no-enforce-eager", "--logprobs-mode", "--max-logprobs", "--max_logprobs")
+
+
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.parity",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, help="a checkpoint's folder, or its name on the hub")
+    parser.add_argument("--samples", type=Path, help=f"JSON lines (default: built in); {FORMAT}")
+    parser.add_argument("--num-samples", type=int, help="how many samples (default: all; 5 built-in ones)")
+    parser.add_argument("--max-tokens", type=int, default=8, help="tokens a sample (default: 8)")
+    parser.add_argument("--dtype", default="auto", help="as vLLM has it (default: auto)")
+    parser.add_argument("--tolerance", type=float, help="largest |Δlogit| that is agreement (default: by dtype)")
+    parser.add_argument("--vllm", type=Path, metavar="TREE", help="a folder that contains another vllm/ than the installed one")
+    parser.add_argument("--reference", action="store_true", help="compare with Transformers, too")
+    parser.add_argument("--side-by-side", action="store_true", help="both engines at once, on a CPU half the cores each")
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON to FILE, or to stdout instead of the table")
+    parser.add_argument("--logs", type=Path, help="keep the engines' logs and results in this folder")
+    args, options = parser.parse_known_args(arguments)
+    for option in options:
+        if option.split("=")[0] in OWN:
+            parser.error(f"{option}: the check sets this itself")
+    for name in ("num_samples", "max_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    return args, options
+
+
+def check(args: argparse.Namespace, options: list[str], folder: Path, console: Console) -> Report:
+    if args.model.startswith(("/", "./", "../", "~")) and not Path(args.model).expanduser().is_dir():
+        raise ParityError(f"--model {args.model}: there is no such folder")
+    if args.vllm and not (args.vllm / "vllm" / "__init__.py").is_file():
+        raise ParityError(f"--vllm {args.vllm}: no vLLM there: it has no vllm/__init__.py")
+    if args.samples:
+        samples = load(args.samples, args.num_samples)
+    else:
+        samples = builtin(args.num_samples or 5, folder)
+    spec = write_spec(samples, args.samples is None, args.max_tokens, folder)
+    common = ["--model", args.model, "--dtype", args.dtype, "--seed", "0"]
+    common += ["--logprobs-mode", "raw_logits", "--max-logprobs", "-1", *options]
+    cores = shared_cores(2) if args.side_by_side else [[], []]
+    jobs = [
+        engine_job("eager", args.vllm, [*common, "--enforce-eager"], folder, cores[0]),
+        engine_job("compiled", args.vllm, common, folder, cores[1]),
+    ]
+    eager, compiled = run(jobs, spec, console, args.side_by_side)
+    reference = None
+    if args.reference:
+        (reference,) = run([reference_job(args.model, eager.meta["dtype"], folder)], spec, console, False)
+    return report(args.model, eager, compiled, reference, args.tolerance)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args, options = parse(arguments)
+    console = Console(stderr=True)
+    folder = args.logs or Path(tempfile.mkdtemp(prefix="parity."))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        result = check(args, options, folder.resolve(), console)
+    except ParityError as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    if not args.logs:
+        shutil.rmtree(folder)
+    if args.json == "-":
+        json.dump(result, sys.stdout, indent=2)
+    else:
+        if args.json:
+            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+            Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+        show([result], Console())
+    return 0 if result["agrees"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""Starts the engines, each in a process of its own, and gathers what they gave."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from . import ParityError
+from .compare import Run
+from .engine import STAGE
+from .samples import Sample
+
+EXCEPTION = re.compile(r"(?:^|\] )(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Result:
+    """What one engine gave for all samples."""
+
+    meta: dict[str, str]
+    prompts: list[np.ndarray]
+    images: list[int]
+    image_tokens: list[int]
+    runs: list[Run]
+
+
+class Job:
+    """A worker process with its log."""
+
+    def __init__(self, name: str, module: str, arguments: list[str], env: dict[str, str], folder: Path):
+        self.name, self.module, self.arguments, self.env = name, module, arguments, env
+        self.log = folder / f"{name}.log"
+        self.result = folder / f"{name}.npz"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, spec: Path) -> None:
+        with self.log.open("wb") as log:
+            command = [sys.executable, "-m", self.module, str(spec), str(self.result), *self.arguments]
+            self.process = subprocess.Popen(
+                command, env=self.env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def stage(self) -> str:
+        stages = [line for line in self.lines() if line.startswith(STAGE)]
+        return stages[-1].removeprefix(STAGE) if stages else "importing"
+
+    def lines(self) -> list[str]:
+        return self.log.read_text(errors="replace").splitlines()
+
+    def error(self) -> str:
+        """The exceptions in the log, first to last; its end if there are none."""
+        found = [match[0] for line in self.lines() if (match := EXCEPTION.search(line))]
+        return "\n".join(dict.fromkeys(found)) or "\n".join(self.lines()[-10:])
+
+    def load(self) -> Result:
+        """Raises ParityError, with the end of the log, if the process failed."""
+        assert self.process
+        if self.process.returncode or not self.result.exists():
+            raise ParityError(
+                f"{self.name} failed with exit code {self.process.returncode}:\n{self.error()}\n"
+                f"Its whole log: {self.log}"
+            )
+        with np.load(self.result) as data:
+            count = sum(key.startswith("tokens_") for key in data)
+            return Result(
+                json.loads(str(data["meta"])),
+                [data[f"prompt_{i}"] for i in range(count)],
+                [int(data.get(f"images_{i}", 0)) for i in range(count)],
+                [int(data.get(f"image_tokens_{i}", 0)) for i in range(count)],
+                [Run(data[f"tokens_{i}"], data[f"logits_{i}"]) for i in range(count)],
+            )
+
+
+def engine_job(name: str, tree: Path | None, options: list[str], folder: Path, cores: list[int]) -> Job:
+    """An engine of the installed vLLM, or of the one in `tree`; on `cores` if there are any."""
+    env = dict(os.environ)
+    paths = [str(tree.resolve())] if tree else []
+    env["PYTHONPATH"] = os.pathsep.join([*paths, str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
+    env.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # a process less to import vLLM in
+    if cores:
+        env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
+    return Job(name, "tools.parity.engine", options, env, folder)
+
+
+def reference_job(model: str, dtype: str, folder: Path) -> Job:
+    env = dict(os.environ)
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
+    return Job("transformers", "tools.parity.reference", [model, dtype], env, folder)
+
+
+def write_spec(samples: list[Sample], builtin: bool, max_tokens: int, folder: Path) -> Path:
+    spec: dict[str, Any] = {
+        "samples": [asdict(sample) for sample in samples], "builtin": builtin, "max_tokens": max_tokens,
+    }
+    path = folder / "job.json"
+    path.write_text(json.dumps(spec))
+    return path
+
+
+def run(jobs: list[Job], spec: Path, console: Console, side_by_side: bool) -> list[Result]:
+    """Runs the jobs one after the other, or all at once.
+
+    Raises:
+        ParityError: one of them failed; the others are stopped.
+    """
+    batches = [jobs] if side_by_side else [[job] for job in jobs]
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.fields[stage]}"), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress, stopping(jobs):
+        tasks = {job.name: progress.add_task(job.name, start=False, stage="waiting", total=1) for job in jobs}
+        for batch in batches:
+            for job in batch:
+                job.start(spec)
+                progress.start_task(tasks[job.name])
+            running = list(batch)
+            while running:
+                time.sleep(0.2)
+                for job in list(running):
+                    assert job.process
+                    done = job.process.poll() is not None
+                    stage = job.stage() if not done else "failed" if job.process.returncode else "done"
+                    progress.update(tasks[job.name], stage=stage, completed=int(done))
+                    if done:
+                        running.remove(job)
+                        job.load()
+    return [job.load() for job in jobs]
+
+
+@contextmanager
+def stopping(jobs: list[Job]) -> Iterator[None]:
+    """Stops the jobs that still run at the end, with the processes that they started."""
+    try:
+        yield
+    finally:
+        for job in jobs:
+            if job.process and job.process.poll() is None:
+                os.killpg(job.process.pid, 15)
+                try:
+                    job.process.wait(10)
+                except subprocess.TimeoutExpired:
+                    os.killpg(job.process.pid, 9)
+
+
+def shared_cores(engines: int) -> list[list[int]]:
+    """The machine's cores, dealt out to engines that run at the same time."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < engines:
+        return [[] for _ in range(engines)]
+    share = len(cores) // engines
+    return [cores[i * share : (i + 1) * share] for i in range(engines)]
