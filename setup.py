@@ -5,14 +5,15 @@ VLLM_PRECOMPILED_WHEEL_LOCATION names a wheel of the release that is already at 
 """
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
+from email import message_from_bytes
 from email.message import Message
+from email.policy import compat32
 from pathlib import Path
 
-from packaging.metadata import Metadata, parse_email
+from packaging.metadata import Metadata
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
 from packaging.version import Version
@@ -21,6 +22,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.dist_info import dist_info
 from setuptools.command.editable_wheel import editable_wheel
 from setuptools.errors import PlatformError, SetupError
+from wheel.wheelfile import WheelFile
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # a build isolated from the project leaves it out
@@ -57,40 +59,33 @@ DEVICE = target_device()
 VERSION = Version(f"{RELEASE.version}+deepstack.{REVISION}{'.cpu' if DEVICE == 'cpu' else ''}")
 
 
-def unpacked_release() -> tuple[Path, Path]:
-    """The release's wheel, and the folder it is unpacked in, anew."""
+def release_wheel() -> Path:
+    location = os.environ.get("VLLM_PRECOMPILED_WHEEL_LOCATION")
     try:
-        location = os.environ.get("VLLM_PRECOMPILED_WHEEL_LOCATION")
-        wheel = Path(location) if location else RELEASE.fetch(DEVICE, BUILD / "releases")
+        return Path(location) if location else RELEASE.fetch(DEVICE, BUILD / "releases")
     except releases.ReleaseError as error:
         raise SetupError(str(error)) from None
-    BUILD.mkdir(exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="merge.", dir=BUILD))
-    run_wheel("unpack", "--dest", folder, wheel)
-    return wheel, next(folder.iterdir())
-
-
-def run_wheel(*arguments: object) -> None:
-    subprocess.run([sys.executable, "-m", "wheel", *map(str, arguments)], check=True)
 
 
 def true_metadata(released: bytes) -> bytes:
     """The release's METADATA with the fork's name, version, page and working requirements."""
-    raw, unparsed = parse_email(released)
-    if unparsed:
-        raise SetupError(f"the release's METADATA has fields that are not understood: {unparsed}")
+    metadata = message_from_bytes(released, policy=compat32.clone(max_line_length=None))
     corrected = [Requirement(text) for text in RELEASE.requires.get(DEVICE, ())]
     names = {canonicalize_name(requirement.name) for requirement in corrected}
     kept = [
         text
-        for text in raw.get("requires_dist", [])
+        for text in metadata.get_all("Requires-Dist", [])
         if canonicalize_name(Requirement(text).name) not in names
     ]
-    raw["name"], raw["version"] = "vllm", str(VERSION)
-    raw["requires_dist"] = kept + [str(requirement) for requirement in corrected]
-    raw["description"] = (HERE / "README.md").read_text()
-    raw["description_content_type"] = "text/markdown"
-    return Metadata.from_raw(raw, validate=False).as_rfc822().as_bytes()
+    metadata.replace_header("Name", "vllm")
+    metadata.replace_header("Version", str(VERSION))
+    del metadata["Requires-Dist"]
+    for requirement in [*kept, *map(str, corrected)]:
+        metadata["Requires-Dist"] = requirement
+    page = (HERE / "README.md").read_bytes()
+    metadata.set_payload(page.decode("ascii", "surrogateescape"))
+    Metadata.from_email(metadata.as_bytes())  # raises where a field is not valid
+    return metadata.as_bytes()
 
 
 def wheel_file(tags: object) -> bytes:
@@ -115,9 +110,14 @@ def true_version(source: bytes) -> bytes:
 
 class merged_wheel(bdist_wheel):
     def run(self) -> None:
-        wheel, tree = unpacked_release()
-        try:
-            changes = Tree(tree).changes()
+        wheel = release_wheel()
+        with tempfile.TemporaryDirectory(prefix="merge.", dir=BUILD) as folder:
+            tree = Path(folder) / "tree"
+            releases.unpack(wheel, tree)
+            try:
+                changes = Tree(tree).changes()
+            except OverlayError as error:
+                raise SetupError(str(error)) from None
             for change in changes:
                 replace(tree / change.path, change.after)
             version = tree / "vllm" / "_version.py"
@@ -127,25 +127,19 @@ class merged_wheel(bdist_wheel):
             replace(info / "METADATA", true_metadata((info / "METADATA").read_bytes()))
             replace(info / "WHEEL", wheel_file(parse_wheel_filename(wheel.name)[3]))
             Path(self.dist_dir).mkdir(parents=True, exist_ok=True)
-            run_wheel("pack", "--dest-dir", self.dist_dir, tree)
-        except OverlayError as error:
-            raise SetupError(str(error)) from None
-        finally:
-            shutil.rmtree(tree.parent)
+            command = [sys.executable, "-m", "wheel", "pack", "--dest-dir", self.dist_dir, str(tree)]
+            subprocess.run(command, check=True)
 
 
 class merged_dist_info(dist_info):
     """Metadata ahead of the build, so that an installer learns the requirements in time."""
 
     def run(self) -> None:
-        _, tree = unpacked_release()
-        try:
-            info = Path(self.output_dir) / f"vllm-{VERSION}.dist-info"
-            info.mkdir(parents=True)
-            released = next(tree.glob("*.dist-info")) / "METADATA"
-            (info / "METADATA").write_bytes(true_metadata(released.read_bytes()))
-        finally:
-            shutil.rmtree(tree.parent)
+        with WheelFile(release_wheel()) as wheel:
+            released = wheel.read(f"{wheel.dist_info_path}/METADATA")
+        info = Path(self.output_dir) / f"vllm-{VERSION}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_bytes(true_metadata(released))
 
 
 class no_editable_wheel(editable_wheel):

@@ -1,6 +1,7 @@
 """The vLLM releases that the fork knows: their wheels and sources, pinned by hash.
 
-    python -m tools.releases pin 0.34.0     adds a release to requirements/releases.json
+    python -m tools.releases pin 0.34.0           add a release to requirements/releases.json
+    python -m tools.releases unpack cpu FOLDER    the release that the fork is built on, as it is
 
 The table's `requires` are corrections of a release's own metadata, kept by hand: without
 them the release does not install from the package index, or does not start.
@@ -86,6 +87,16 @@ class Release:
         raise ReleaseError(f"{wheel} is no wheel of vLLM {self.version}; those are: {known}")
 
 
+def unpack(wheel: Path, folder: Path) -> None:
+    """Unpacks a wheel into a new folder, whole or not at all; checks it against its RECORD."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        command = [sys.executable, "-m", "wheel", "unpack", "--dest", temporary, str(wheel)]
+        subprocess.run(command, check=True)
+        (unpacked,) = Path(temporary).iterdir()
+        unpacked.rename(folder)
+
+
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
@@ -112,13 +123,14 @@ def known(version: str | Version) -> Release:
 
 
 def fetch_sources(release: Release, folder: Path) -> None:
-    """Writes the files that the overlay changes, and no others, from the release's wheel.
+    """Writes the files that the overlay changes, and those that tell the release.
 
     Reads just these files' bytes from the package index.
     """
     from remotezip import RemoteZip
 
-    files = {path: folder / path for path in release.sources} | {"vllm/_version.py": folder / "vllm/_version.py"}
+    paths = [*release.sources, "vllm/__init__.py", "vllm/_version.py"]
+    files = {path: folder / path for path in paths}
     if all(file.exists() for file in files.values()):
         return
     device = "cpu" if release.wheels.get("cpu") else "cuda"
@@ -179,13 +191,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.releases", description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("pin", help="add releases to the table").add_argument("version", nargs="+")
-    fetch = verbs.add_parser("fetch", help="download the wheel of the release the fork is built on")
-    fetch.add_argument("device", choices=DISTRIBUTIONS)
-    fetch.add_argument("folder", type=Path)
+    get = verbs.add_parser("unpack", help="unpack the release that the fork is built on")
+    get.add_argument("device", choices=DISTRIBUTIONS)
+    get.add_argument("folder", type=Path)
     args = parser.parse_args()
     try:
-        if args.verb == "fetch":
-            print(default().fetch(args.device, args.folder))
+        if args.verb == "unpack":
+            unpack(default().fetch(args.device, ROOT / "build" / "releases"), args.folder)
         else:
             for version in args.version:
                 print(f"pinning {version}")

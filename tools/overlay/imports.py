@@ -8,7 +8,7 @@ import libcst as cst
 from libcst.helpers import get_full_name_for_node
 
 from . import OverlayError
-from .splice import Statement, leading_lines, names, single, source
+from .splice import Statement, is_docstring, leading_lines, names, single, source
 
 Name = tuple[str, str, str]  # module, name in the module, name it is bound to
 
@@ -69,7 +69,7 @@ def insert(new: Statement, body: list[Statement]) -> None:
     """Puts an import before the first of its package that sorts after it, else after the
     last of its package, else after the last of all."""
     package, module = sort_key(new)
-    at = 0
+    at = 1 if body and is_docstring(body[0]) else 0
     for i, statement in enumerate(body):
         if not imported(statement):
             continue

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import TypeVar
 
 import libcst as cst
 from libcst.helpers import get_absolute_module_for_import
@@ -30,7 +29,6 @@ from .splice import (
 )
 
 Statement = cst.BaseStatement
-Node = TypeVar("Node", bound=cst.CSTNode)
 
 # `# release: <0.23` on the line above a definition: only releases in this range need it.
 RELEASE = re.compile(r"#\s*release:\s*(.*)")
@@ -71,7 +69,7 @@ class _Merger:
 
     def module(self, ours: cst.Module, theirs: cst.Module) -> cst.Module:
         self.provided = self.bases_of_the_fork(ours)
-        wanted = self.wanted(ours.body, "module")
+        wanted = self.wanted(with_header(ours), "module")
         imports = [s for s in wanted if isinstance(single(s), (cst.Import, cst.ImportFrom))]
         try:
             body = add_imports(imports, list(theirs.body))
@@ -201,6 +199,17 @@ class _Merger:
                         if isinstance(s, cst.FunctionDef)
                     }
         return found
+
+
+def with_header(module: cst.Module) -> Sequence[Statement]:
+    """The module's statements, the first with the comments that stand right above it."""
+    comments: list[cst.EmptyLine] = []
+    for line in module.header:
+        comments = [*comments, line] if line.comment else []
+    if not module.body or not hasattr(module.body[0], "leading_lines"):
+        return module.body
+    first = module.body[0].with_changes(leading_lines=[*comments, *leading_lines(module.body[0])])
+    return [first, *module.body[1:]]
 
 
 def with_bases(theirs: cst.ClassDef, ours: Sequence[cst.Arg]) -> cst.ClassDef:

@@ -41,7 +41,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--tolerance", type=float, help="largest |Δlogit| that is agreement (default: by dtype)")
     parser.add_argument("--vllm", type=Path, metavar="TREE", help="a folder that contains another vllm/ than the installed one")
     parser.add_argument("--reference", action="store_true", help="compare with Transformers, too")
-    parser.add_argument("--side-by-side", action="store_true", help="both engines at once, on a CPU half the cores each")
+    parser.add_argument("--side-by-side", action="store_true", help="both engines at once, with half the memory each and, on a CPU, half the cores")
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON to FILE, or to stdout instead of the table")
     parser.add_argument("--logs", type=Path, help="keep the engines' logs and results in this folder")
     args, options = parser.parse_known_args(arguments)
@@ -66,6 +66,8 @@ def check(args: argparse.Namespace, options: list[str], folder: Path, console: C
     spec = write_spec(samples, args.samples is None, args.max_tokens, folder)
     common = ["--model", args.model, "--dtype", args.dtype, "--seed", "0"]
     common += ["--logprobs-mode", "raw_logits", "--max-logprobs", "-1", *options]
+    if args.side_by_side and not any(o.replace("_", "-").startswith("--gpu-memory-util") for o in options):
+        common += ["--gpu-memory-utilization", "0.4"]  # of a CPU's memory, too
     cores = shared_cores(2) if args.side_by_side else [[], []]
     jobs = [
         engine_job("eager", args.vllm, [*common, "--enforce-eager"], folder, cores[0]),

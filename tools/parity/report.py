@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -60,39 +64,58 @@ def report(
 
 
 def number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2g}"
+    return "–" if value is None else f"{value:.2f}" if 0.01 <= value < 1000 else f"{value:.1e}"
+
+
+def columns(title: str, *names: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 1, 0, 0), pad_edge=False)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
 
 
 def show(reports: list[Report], console: Console) -> None:
     """Prints reports on the same samples side by side, and a verdict for each."""
-    table = Table(title=f"{reports[0]['model']}, {reports[0]['dtype']}: compiled against eager", title_justify="left")
-    table.add_column("sample", justify="right")
-    table.add_column("tokens\nprompt", justify="right")
-    table.add_column("\nimage", justify="right")
-    for one in reports:
-        for title in (f"vLLM {one['vllm']}\n|Δlogit| first", "\ndecode", "\nKL", "\ntokens"):
-            table.add_column(title, justify="right")
-        if one["transformers"]:
-            table.add_column(f"to Transformers {one['transformers']}\n|Δlogit| eager", justify="right")
-            table.add_column("\ncompiled", justify="right")
+    about = columns("", "sample", "tokens", "image")
     for i, sample in enumerate(reports[0]["samples"]):
-        row = [str(i + 1), str(sample["prompt_tokens"]), str(sample["image_tokens"])]
-        for one in reports:
-            entry = one["samples"][i]
-            style = "green" if entry["agrees"] else "bold red"
-            c = Difference(**entry["compiled"])
-            cells = [number(c.first), number(c.decode), number(c.kl), f"{c.agreed}/{c.steps}"]
-            row += [f"[{style}]{cell}[/]" for cell in cells]
+        about.add_row(str(i + 1), str(sample["prompt_tokens"]), str(sample["image_tokens"]))
+    parts = [about]
+    for one in reports:
+        part = columns(f"vLLM {one['vllm']}", "first", "decode", "KL", "same")
+        if one["transformers"]:
+            part.add_column("eager–HF", justify="right", no_wrap=True)
+            part.add_column("compiled–HF", justify="right", no_wrap=True)
+        for sample in one["samples"]:
+            c = Difference(**sample["compiled"])
+            row = [number(c.first), number(c.decode), number(c.kl), f"{c.agreed}/{c.steps}"]
             if one["transformers"]:
                 for side in ("eager", "compiled"):
-                    row.append(number(Difference(**entry[f"{side}_to_transformers"]).largest))
-        table.add_row(*row)
-    console.print(table)
+                    row.append(number(Difference(**sample[f"{side}_to_transformers"]).largest))
+            part.add_row(*row, style="green" if sample["agrees"] else "bold red")
+        parts.append(part)
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row(*parts)
+    console.print(f"{reports[0]['model']}, {reports[0]['dtype']}, compiled against eager:", highlight=False)
+    console.print("largest |Δlogit| of the first token and of decoding, largest KL (nats), tokens in agreement")
+    if reports[0]["transformers"]:
+        console.print(f"HF: Transformers {reports[0]['transformers']}, largest |Δlogit|")
+    console.print(grid, width=200, crop=False)  # never narrower than its numbers
     for one in reports:
-        wrong = sum(not sample["agrees"] for sample in one["samples"])
-        total, tolerance = len(one["samples"]), one["tolerance"]
-        floor = "" if one["noise_floor"] is None else f"; text-only samples differ by {number(one['noise_floor'])}"
-        verdict = (
-            f"[bold red]diverges[/] on {wrong} of {total} samples" if wrong else f"[green]agrees[/] on {total} samples"
+        wrong, total = sum(not sample["agrees"] for sample in one["samples"]), len(one["samples"])
+        verdict = f"[bold red]diverges[/] on {wrong} of" if wrong else "[green]agrees[/] on"
+        floor = "" if one["noise_floor"] is None else f"; noise floor {number(one['noise_floor'])}"
+        console.print(
+            f"vLLM {one['vllm']}: compiled {verdict} {total} samples (tolerance {one['tolerance']:g}{floor})",
+            highlight=False,
         )
-        console.print(f"vLLM {one['vllm']}: compiled {verdict} (tolerance {tolerance:g}{floor})", highlight=False)
+
+
+def main() -> int:
+    """Shows reports that were written with `--json`; the last one's verdict is the exit code."""
+    reports = [json.loads(Path(file).read_text()) for file in sys.argv[1:]]
+    show(reports, Console())
+    return 0 if reports[-1]["agrees"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -23,7 +23,7 @@ from .compare import Run
 from .engine import STAGE
 from .samples import Sample
 
-EXCEPTION = re.compile(r"(?:^|\] )(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*")
+EXCEPTION = re.compile(r"(?:^|\] )((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -63,7 +63,7 @@ class Job:
 
     def error(self) -> str:
         """The exceptions in the log, first to last; its end if there are none."""
-        found = [match[0] for line in self.lines() if (match := EXCEPTION.search(line))]
+        found = [match[1] for line in self.lines() if (match := EXCEPTION.search(line))]
         return "\n".join(dict.fromkeys(found)) or "\n".join(self.lines()[-10:])
 
     def load(self) -> Result:

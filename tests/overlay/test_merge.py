@@ -1,0 +1,355 @@
+"""The merge, rule by rule, as source before and after."""
+
+from textwrap import dedent
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packaging.version import Version
+
+from tools.overlay import OverlayError
+from tools.overlay.merge import merge
+
+PATH = "vllm/model_executor/models/tower.py"
+BASE = "vllm/model_executor/models/base.py"
+FORK = {BASE: b"class Staging:\n    def get(self): ...\n    def clear(self): ...\n"}
+
+
+def merged(before: str, overlay: str, release: str = "0.22.1") -> str:
+    ours, theirs = dedent(overlay).encode(), dedent(before).encode()
+    keywords = {"path": PATH, "release": Version(release), "overlay": FORK | {PATH: ours}}
+    once = merge(ours, theirs, **keywords)
+    assert merge(ours, once, **keywords) == once, "merging what is merged changes something"
+    return once.decode()
+
+
+def check(before: str, overlay: str, after: str, release: str = "0.22.1") -> None:
+    assert merged(before, overlay, release) == dedent(after)
+
+
+def fails(before: str, overlay: str, *words: str, release: str = "0.22.1") -> None:
+    with pytest.raises(OverlayError) as error:
+        merged(before, overlay, release)
+    for word in (PATH, release, *words):
+        assert word in str(error.value)
+
+
+class TestImports:
+    def test_missing_import_goes_among_its_package_in_order(self):
+        check(
+            """
+            import os
+
+            from vllm.sequence import IntermediateTensors
+
+            from .interfaces import SupportsPP
+            from .utils import maybe_prefix
+            """,
+            "from .base import Staging\nfrom .tail import Tail\nfrom vllm.envs import FLAG\n",
+            """
+            import os
+
+            from vllm.envs import FLAG
+            from vllm.sequence import IntermediateTensors
+
+            from .base import Staging
+            from .interfaces import SupportsPP
+            from .tail import Tail
+            from .utils import maybe_prefix
+            """,
+        )
+
+    def test_import_of_a_new_package_goes_last(self):
+        check("import os\n\nX = 1\n", "import torch\n", "import os\nimport torch\n\nX = 1\n")
+
+    def test_import_goes_after_the_docstring_where_there_are_no_others(self):
+        check('"""Theirs."""\nX = 1\n', "import torch\n", '"""Theirs."""\nimport torch\nX = 1\n')
+
+    def test_only_the_missing_names_are_imported(self):
+        check(
+            "from .base import (\n    Other,  # kept\n)\n",
+            "from .base import Other, Staging\n",
+            "from .base import (\n    Other,  # kept\n)\nfrom .base import Staging\n",
+        )
+
+    def test_present_import_changes_nothing(self):
+        check("from .base import Staging  # why\n", "from .base import Staging\n", "from .base import Staging  # why\n")
+
+    def test_name_with_another_meaning_is_an_error(self):
+        fails("from .elsewhere import Staging\n", "from .base import Staging\n", "Staging is something else")
+
+    def test_star_is_an_error(self):
+        fails("import os\n", "from .base import *\n", "from .base import *")
+
+
+class TestDefinitions:
+    def test_new_definition_goes_before_the_one_that_follows_it_in_the_overlay(self):
+        check(
+            "A = 1\n\n\ndef f():\n    return A\n",
+            "B = 2\n\n\ndef g():\n    return B\n\n\ndef f():\n    return g()\n\n\ndef h():\n    pass\n",
+            "A = 1\nB = 2\n\n\ndef g():\n    return B\n\n\ndef f():\n    return g()\n\n\ndef h():\n    pass\n",
+        )
+
+    def test_definition_is_replaced_and_the_rest_stays_byte_for_byte(self):
+        check(
+            "LIMIT=1 # odd   spacing\n\n# about f\n@cache\ndef f( x ):\n    return x\n\nT = { 'a' :1 }\n",
+            "# ours\ndef f(x):\n    return -x\n\n\nLIMIT = 2\n",
+            "LIMIT = 2\n\n# ours\ndef f(x):\n    return -x\n\nT = { 'a' :1 }\n",
+        )
+
+    def test_equal_definition_keeps_upstreams_layout(self):
+        before = "def f( x ):\n    return x  # so\n"
+        check(before, "def f(x):\n    return x\n", before)
+
+    def test_windows_line_ends_stay(self):
+        ours = b"def f():\n    return 2\n"
+        after = merge(ours, b"X = 1\r\n\r\n\r\ndef f():\r\n    return 1\r\n", path=PATH, release=Version("1"), overlay={})
+        assert after == b"X = 1\r\n\r\n\r\ndef f():\r\n    return 2\r\n"
+
+    def test_docstrings_of_the_overlay_do_not_land(self):
+        check('"""Theirs."""\nclass A:\n    x = 1\n', '"""Ours."""\nclass A:\n    """Ours."""\n', '"""Theirs."""\nclass A:\n    x = 1\n')
+
+    @pytest.mark.parametrize(
+        "overlay, words",
+        [
+            ("print(1)\n", ["print(1)", "no definition"]),
+            ("if True:\n    x = 1\n", ["no definition"]),
+            ("class A:\n    print(1)\n", ["A", "print(1)"]),
+            ("def f(:\n", ["overlay's file", "does not parse"]),
+            ("def A(): ...\n", ["A", "another kind"]),
+        ],
+    )
+    def test_what_is_no_definition_is_an_error(self, overlay, words):
+        fails("class A:\n    pass\n", overlay, *words)
+
+    def test_ambiguous_definition_is_an_error(self):
+        fails("def f(): pass\ndef f(): pass\n", "def f():\n    return 1\n", "f", "2 times")
+
+    def test_upstream_that_does_not_parse_is_an_error(self):
+        fails("def f(:\n", "x = 1\n", "upstream's file")
+
+
+CLASS = """
+from .base import Other
+
+
+class Model(
+    Module,
+    SupportsPP,
+):
+    size = 1
+
+    def __init__(self):
+        self.x = 1  # as it is
+
+    def get(self):
+        return self.x
+
+    @property
+    def width(self): return 3
+
+    def clear(self):
+        self.x = 0
+"""
+
+
+class TestClasses:
+    def test_base_of_the_fork_takes_its_methods_over(self):
+        check(
+            CLASS,
+            "from .base import Staging\n\n\nclass Model(Staging): ...\n",
+            """
+from .base import Other
+from .base import Staging
+
+
+class Model(
+    Staging,
+    Module,
+    SupportsPP,
+):
+    size = 1
+
+    def __init__(self):
+        self.x = 1  # as it is
+
+    @property
+    def width(self): return 3
+""",
+        )
+
+    def test_base_of_the_fork_is_found_by_its_absolute_name_too(self):
+        after = merged(CLASS, "from vllm.model_executor.models.base import Staging\nclass Model(Staging): ...\n")
+        assert "def get" not in after
+
+    def test_other_base_takes_nothing_over(self):
+        after = merged(CLASS, "from .other import Staging\nclass Model(Staging): ...\n")
+        assert "def get" in after
+
+    def test_overlays_own_method_wins_over_the_base(self):
+        after = merged(CLASS, "from .base import Staging\nclass Model(Staging):\n    def get(self):\n        return 2\n")
+        assert "return 2" in after and "return self.x" not in after and "def clear" not in after
+
+    @pytest.mark.parametrize(
+        "header, after",
+        [
+            ("class A:", "class A(B):"),
+            ("class A():", "class A(B):"),
+            ("class A(C):", "class A(B, C):"),
+            ("class A(metaclass=M):", "class A(B, metaclass=M):"),
+            ("class A(B):", "class A(B):"),
+            ("class A(C, B):", "class A(C, B):"),
+        ],
+    )
+    def test_missing_base_comes_first(self, header, after):
+        check(f"{header}\n    x = 1\n", "class A(B): ...\n", f"{after}\n    x = 1\n")
+
+    def test_methods_and_attributes_are_added_and_replaced(self):
+        check(
+            "class A:\n    size = 1\n\n    def f(self):\n        return 1\n",
+            "class A:\n    size = 2\n    def new(self):\n        return 0\n    def f(self):\n        return 2\n    def last(self): pass\n",
+            "class A:\n    size = 2\n\n    def new(self):\n        return 0\n\n    def f(self):\n        return 2\n\n    def last(self): pass\n",
+        )
+
+    def test_class_that_upstream_lacks_is_added(self):
+        check("x = 1\n", "class A:\n    y = 2\n", "x = 1\n\n\nclass A:\n    y = 2\n")
+
+    def test_class_that_should_be_upstreams_and_is_not_is_an_error(self):
+        fails("x = 1\n", "class Model(Base): ...\n", "Model", "no such definition")
+
+    def test_decorators_and_keywords_are_an_error(self):
+        fails(CLASS, "@final\nclass Model: ...\n", "Model", "decorators")
+
+    def test_class_left_empty_passes(self):
+        check(
+            "from .base import Staging\nclass A:\n    def get(self): return 1\n",
+            "from .base import Staging\nclass A(Staging): ...\n",
+            "from .base import Staging\nclass A(Staging):\n    pass\n",
+        )
+
+
+METHOD = '''
+class A:
+    def f(self, x: int, *, y=2) -> int:
+        """Theirs."""
+        a = x  # first
+
+        b = a + y
+        c = b
+        return c
+'''
+
+
+class TestSplice:
+    def test_before_and_after(self):
+        check(
+            METHOD,
+            '''
+            class A:
+                def f(self, x, *, y=2):
+                    """Ours."""
+                    # why
+                    start()
+                    ...
+                    end()
+            ''',
+            METHOD.replace("        a = x", "        # why\n        start()\n        a = x") + "        end()\n",
+        )
+
+    def test_anchor_splits_upstreams_statements(self):
+        check(
+            METHOD,
+            "class A:\n    def f(self, x, *, y=2):\n        ...\n        b = a+y\n        between()\n        ...\n",
+            METHOD.replace("b = a + y\n", "b = a + y\n        between()\n"),
+        )
+
+    def test_two_anchors(self):
+        check(
+            METHOD,
+            "class A:\n    def f(self, x, *, y=2):\n        ...\n        one()\n        b = a + y\n        ...\n        two()\n        return c\n",
+            METHOD.replace("\n        b =", "        one()\n\n        b =").replace("        return", "        two()\n        return"),
+        )
+
+    def test_function_of_the_module(self):
+        check("def f(x): return x\n", "def f(x):\n    log(x)\n    ...\n", "def f(x):\n    log(x)\n    return x\n")
+
+    @pytest.mark.parametrize(
+        "body, words",
+        [
+            ("...\nb = a - y\nnew()\n...", ["A.f", "`b = a - y`", "upstream has no"]),
+            ("...\nnew()\n...", ["A.f", "between two", "`new()`"]),
+            ("...\na = x\nreturn c\n...", ["A.f", "other statements"]),
+            ("b = a + y\nnew()\n...", ["A.f", "other statements"]),
+            ("...\nc = b\n...\nb = a + y\n...", ["A.f", "another order"]),
+        ],
+    )
+    def test_anchor_that_does_not_fit_is_an_error(self, body, words):
+        lines = "".join(f"        {line}\n" for line in body.splitlines())
+        fails(METHOD, f"class A:\n    def f(self, x, *, y=2):\n{lines}", *words)
+
+    def test_ambiguous_anchor_is_an_error(self):
+        fails("def f():\n    g()\n    h()\n    g()\n", "def f():\n    ...\n    g()\n    new()\n    ...\n", "`g()` 2 times")
+
+    @pytest.mark.parametrize(
+        "signature",
+        ["self, x", "self, z, *, y=2", "self, x, y=2", "self, x, *, y=3", "self, x, *, y", "self, x, *, y=2, **k"],
+    )
+    def test_other_parameters_are_an_error(self, signature):
+        fails(METHOD, f"class A:\n    def f({signature}):\n        new()\n        ...\n", "A.f", "signature")
+
+    @pytest.mark.parametrize("prefix", ["@classmethod\n    def", "async def"])
+    def test_other_kind_of_method_is_an_error(self, prefix):
+        fails(METHOD, f"class A:\n    {prefix} f(self, x, *, y=2):\n        ...\n        new()\n", "A.f", "signature")
+
+    def test_method_that_upstream_lacks_is_an_error(self):
+        fails(METHOD, "class A:\n    def g(self):\n        new()\n        ...\n", "A.g", "no such definition")
+
+    names = st.lists(st.sampled_from("abcdef"), min_size=1, max_size=6, unique=True)
+
+    @settings(max_examples=60, deadline=None)
+    @given(names, st.data())
+    def test_merging_twice_is_merging_once(self, upstream, data):
+        """New statements around and between any upstream statements, `merged` checks twice."""
+        cut = data.draw(st.sampled_from(upstream))
+        new = data.draw(st.lists(st.sampled_from(["new()", "more()"]), max_size=2, unique=True))
+        pattern = [*new[:1], "...", f"{cut}()", *new[1:], "..."]
+        before = "def f():\n" + "".join(f"    {name}()\n" for name in upstream)
+        after = merged(before, "def f():\n" + "".join(f"    {line}\n" for line in pattern))
+        expected = [*new[:1], *(f"{name}()" for name in upstream)]
+        expected[expected.index(f"{cut}()") + 1 : expected.index(f"{cut}()") + 1] = new[1:]
+        assert after == "def f():\n" + "".join(f"    {line}\n" for line in expected)
+
+
+class TestReleases:
+    OVERLAY = """
+    # release: <0.23
+    def f():
+        return "old"
+
+
+    # release: >=0.23,!=0.24.0
+    # why
+    def f():
+        return "new"
+
+
+    class A:
+        # release: ==0.22.*
+        def g(self):
+            return 1
+    """
+
+    @pytest.mark.parametrize(
+        "release, f, g",
+        [("0.22.1", "old", True), ("0.23.0", "new", False), ("0.24.0", "upstream", False), ("0.21.0", "old", False)],
+    )
+    def test_definition_of_some_releases(self, release, f, g):
+        before = 'def f():\n    return "upstream"\n\n\nclass A:\n    x = 1\n'
+        after = merged(before, self.OVERLAY, release)
+        assert f'return "{f}"' in after
+        assert ("def g" in after) == g
+        assert "release" not in after
+        assert ("# why" in after) == (f == "new")
+
+    def test_bad_specifier_is_an_error(self):
+        fails("x = 1\n", "# release: new\nx = 2\n", "x", "`# release: new`")
