@@ -43,7 +43,9 @@ def target_device() -> str:
         raise PlatformError(f"VLLM_TARGET_DEVICE={device}: the fork builds for cpu and cuda")
     if location:
         if not Path(location).is_file():
-            raise PlatformError(f"VLLM_PRECOMPILED_WHEEL_LOCATION={location}: there is no such file")
+            raise PlatformError(
+                f"VLLM_PRECOMPILED_WHEEL_LOCATION={location}: there is no such file"
+            )
         try:
             found = RELEASE.check(Path(location))
         except releases.ReleaseError as error:
@@ -127,7 +129,15 @@ class merged_wheel(bdist_wheel):
             replace(info / "METADATA", true_metadata((info / "METADATA").read_bytes()))
             replace(info / "WHEEL", wheel_file(parse_wheel_filename(wheel.name)[3]))
             Path(self.dist_dir).mkdir(parents=True, exist_ok=True)
-            command = [sys.executable, "-m", "wheel", "pack", "--dest-dir", self.dist_dir, str(tree)]
+            command = [
+                sys.executable,
+                "-m",
+                "wheel",
+                "pack",
+                "--dest-dir",
+                self.dist_dir,
+                str(tree),
+            ]
             subprocess.run(command, check=True)
 
 
@@ -145,7 +155,8 @@ class merged_dist_info(dist_info):
 class no_editable_wheel(editable_wheel):
     def run(self) -> None:
         raise PlatformError(
-            "the fork has no editable install: install the wheel, then `python -m tools.overlay apply`"
+            "the fork has no editable install: patch an installed vLLM with "
+            "`python -m tools.overlay apply`"
         )
 
 
@@ -155,7 +166,11 @@ setup(
     version=str(VERSION),
     packages=[],
     py_modules=[],
-    cmdclass={"bdist_wheel": merged_wheel, "dist_info": merged_dist_info, "editable_wheel": no_editable_wheel},
+    cmdclass={
+        "bdist_wheel": merged_wheel,
+        "dist_info": merged_dist_info,
+        "editable_wheel": no_editable_wheel,
+    },
     # Not beside vllm/: Python would take it for an installed vLLM's metadata.
     options={"egg_info": {"egg_base": str(BUILD)}},
 )

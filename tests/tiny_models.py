@@ -43,10 +43,18 @@ CHAT_TEMPLATE = """
 {%- endfor -%}
 {%- if add_generation_prompt -%}<|im_start|>assistant{{ '\n' }}{%- endif -%}
 """
-CORPUS = ["what is the length of x in the triangle", "which angle of the shape is the largest", "find the area"]
+CORPUS = [
+    "what is the length of x in the triangle",
+    "which angle of the shape is the largest",
+    "find the area",
+]
 # 4 to 64 image tokens of 32x32 pixels.
 PIXELS: dict[str, Any] = {
-    "patch_size": 16, "merge_size": 2, "temporal_patch_size": 2, "min_pixels": 4 * 32**2, "max_pixels": 64 * 32**2,
+    "patch_size": 16,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+    "min_pixels": 4 * 32**2,
+    "max_pixels": 64 * 32**2,
 }
 
 
@@ -62,7 +70,11 @@ def text_config(tokenizer: transformers.PreTrainedTokenizerFast) -> dict[str, An
         "max_position_embeddings": 4096,
         "tie_word_embeddings": False,
         "rope_theta": 10000.0,
-        "rope_scaling": {"rope_type": "default", "mrope_section": [8, 4, 4], "mrope_interleaved": True},
+        "rope_scaling": {
+            "rope_type": "default",
+            "mrope_section": [8, 4, 4],
+            "mrope_interleaved": True,
+        },
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
@@ -91,7 +103,8 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *SPECIAL.values()]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
-        CORPUS * 5, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
+        CORPUS * 5,
+        trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet),
     )
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe,
@@ -141,13 +154,25 @@ def qwen3_omni(out: Path, seed: int = 0) -> Path:
     """The thinker, in a checkpoint of the whole model's layout."""
     tokenizer = make_tokenizer()
     experts = {
-        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": HIDDEN // 2,
-        "decoder_sparse_step": 1, "norm_topk_prob": True, "mlp_only_layers": [],
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": HIDDEN // 2,
+        "decoder_sparse_step": 1,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [],
     }
     audio = {
-        "d_model": HIDDEN, "output_dim": HIDDEN, "encoder_layers": 2, "encoder_attention_heads": 4,
-        "encoder_ffn_dim": 2 * HIDDEN, "num_mel_bins": 128, "downsample_hidden_size": 32,
-        "n_window": 50, "n_window_infer": 800, "conv_chunksize": 500, "max_source_positions": 1500,
+        "d_model": HIDDEN,
+        "output_dim": HIDDEN,
+        "encoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "encoder_ffn_dim": 2 * HIDDEN,
+        "num_mel_bins": 128,
+        "downsample_hidden_size": 32,
+        "n_window": 50,
+        "n_window_infer": 800,
+        "conv_chunksize": 500,
+        "max_source_positions": 1500,
     }
     config = transformers.Qwen3OmniMoeConfig(
         enable_audio_output=False,
@@ -168,7 +193,9 @@ def qwen3_omni(out: Path, seed: int = 0) -> Path:
             ),
         },
     )
-    thinker = transformers.Qwen3OmniMoeThinkerForConditionalGeneration(config.thinker_config).float()
+    thinker = transformers.Qwen3OmniMoeThinkerForConditionalGeneration(
+        config.thinker_config
+    ).float()
     draw_weights(thinker, seed)
     thinker.save_pretrained(out)  # one tensor an expert, as the checkpoint format has it
     weights = out / "model.safetensors"
@@ -177,8 +204,12 @@ def qwen3_omni(out: Path, seed: int = 0) -> Path:
     config.architectures = ["Qwen3OmniMoeForConditionalGeneration"]
     config.save_pretrained(out)
     Qwen3OmniMoeProcessor(
-        image_processor=transformers.Qwen2VLImageProcessor(**PIXELS, image_mean=[0.5] * 3, image_std=[0.5] * 3),
-        video_processor=transformers.Qwen2VLVideoProcessor(patch_size=16, merge_size=2, temporal_patch_size=2),
+        image_processor=transformers.Qwen2VLImageProcessor(
+            **PIXELS, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        ),
+        video_processor=transformers.Qwen2VLVideoProcessor(
+            patch_size=16, merge_size=2, temporal_patch_size=2
+        ),
         feature_extractor=transformers.WhisperFeatureExtractor(feature_size=128),
         tokenizer=tokenizer,
         chat_template=CHAT_TEMPLATE,
@@ -190,7 +221,9 @@ MODELS = {"qwen3_vl": qwen3_vl, "qwen3_omni": qwen3_omni}
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m tests.tiny_models", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.tiny_models", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("out", type=Path)
     parser.add_argument("seed", type=int, nargs="?", default=0)

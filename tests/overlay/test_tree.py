@@ -130,7 +130,9 @@ class TestErrors:
         shutil.copytree(releases.ROOT / "vllm", tmp_path / "vllm")
         (tmp_path / QWEN3_VL).write_text("class Qwen4VLForConditionalGeneration(Base): ...\n")
         before = content(sources)
-        with pytest.raises(OverlayError, match=r"qwen3_vl.py: Qwen4VLForConditionalGeneration.*0\.22\.1"):
+        with pytest.raises(
+            OverlayError, match=r"qwen3_vl.py: Qwen4VLForConditionalGeneration.*0\.22\.1"
+        ):
             Tree(sources, tmp_path).apply()
         assert content(sources) == before
 
@@ -154,7 +156,11 @@ class TestErrors:
         before = content(sources)
         for folder in folders:
             folder.chmod(0o555)
-        drop = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override"] if os.geteuid() == 0 else []
+        drop = (
+            ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override"]
+            if os.geteuid() == 0
+            else []
+        )
         command = [*drop, sys.executable, "-m", "tools.overlay", "apply", str(sources)]
         done = subprocess.run(command, cwd=releases.ROOT, capture_output=True, text=True)
         for folder in folders:
@@ -207,7 +213,9 @@ def test_new_overlay_over_an_older_one(sources, tmp_path):
     Tree(sources).apply()
     with (tmp_path / MODELS / "deepstack.py").open("a") as file:
         file.write("# newer\n")
-    assert [change.path for change in Tree(sources, tmp_path).changes()] == [f"{MODELS}/deepstack.py"]
+    assert [change.path for change in Tree(sources, tmp_path).changes()] == [
+        f"{MODELS}/deepstack.py"
+    ]
     Tree(sources, tmp_path).apply()
     assert (sources / MODELS / "deepstack.py").read_text().endswith("# newer\n")
     Tree(sources, tmp_path).revert()
@@ -226,7 +234,10 @@ def test_links_to_other_installations_are_not_written_through(sources, tmp_path)
 def test_record_stays_true(sources, end):
     info = sources / "vllm-0.22.1.dist-info"
     info.mkdir()
-    rows = [f"{path},sha256=x,1" for path in releases.known("0.22.1").sources] + ['"vllm/a,b.py",,', "vllm-0.22.1.dist-info/RECORD,,"]
+    rows = [f"{path},sha256=x,1" for path in releases.known("0.22.1").sources] + [
+        '"vllm/a,b.py",,',
+        "vllm-0.22.1.dist-info/RECORD,,",
+    ]
     (info / "RECORD").write_bytes("".join(row + end for row in rows).encode())
     before = content(sources)
     Tree(sources).apply()

@@ -21,10 +21,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "tree",
         type=Path,
-        help="a folder that contains vllm/: site-packages, an unpacked wheel or sdist, a git checkout",
+        help="a folder that contains vllm/: site-packages, an unpacked wheel or sdist, a checkout",
     )
     parser.add_argument(
-        "--overlay", type=Path, default=OVERLAY, help="the folder whose vllm/ is merged (default: the fork)"
+        "--overlay",
+        type=Path,
+        default=OVERLAY,
+        help="the folder whose vllm/ is merged (default: the fork)",
     )
     args = parser.parse_args(arguments)
     try:

@@ -38,7 +38,9 @@ def add_imports(ours: list[Statement], theirs: list[Statement]) -> list[Statemen
 def imported(statement: Statement) -> list[Name]:
     """What an import statement binds; nothing for any other statement."""
     small = single(statement)
-    if not isinstance(small, (cst.Import, cst.ImportFrom)) or isinstance(small.names, cst.ImportStar):
+    if not isinstance(small, (cst.Import, cst.ImportFrom)) or isinstance(
+        small.names, cst.ImportStar
+    ):
         return []
     return [
         (module_of(small), alias.evaluated_name, alias.evaluated_alias or alias.evaluated_name)
@@ -79,10 +81,13 @@ def insert(new: Statement, body: list[Statement]) -> None:
             blank = [line for line in leading_lines(statement) if not line.comment]
             rest = [line for line in leading_lines(statement) if line.comment]
             body[i : i + 1] = [
-                new.with_changes(leading_lines=blank), statement.with_changes(leading_lines=rest)
+                new.with_changes(leading_lines=blank),
+                statement.with_changes(leading_lines=rest),
             ]
             return
-        if other_package == package or not any(sort_key(s)[0] == package for s in body[:i] if imported(s)):
+        if other_package == package or not any(
+            sort_key(s)[0] == package for s in body[:i] if imported(s)
+        ):
             at = i + 1
     body.insert(at, new.with_changes(leading_lines=[]))
 

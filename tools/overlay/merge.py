@@ -103,7 +103,9 @@ class _Merger:
                 kept.append(statement)
         return kept
 
-    def members(self, ours: list[Statement], theirs: list[Statement], owner: str) -> list[Statement]:
+    def members(
+        self, ours: list[Statement], theirs: list[Statement], owner: str
+    ) -> list[Statement]:
         """Merges the definitions of a module (`owner` is empty) or of a class.
 
         A new one comes before the definition that follows it in the overlay, or last.
@@ -115,7 +117,8 @@ class _Merger:
             definition = f"{owner}.{name}" if owner else name
             if not name:
                 raise self.error(
-                    owner or "module", f"`{source(statement)}` is no definition: it cannot be merged"
+                    owner or "module",
+                    f"`{source(statement)}` is no definition: it cannot be merged",
                 )
             found = [i for i, other in enumerate(body) if names(other) == name]
             if len(found) > 1:
@@ -147,8 +150,9 @@ class _Merger:
         return ours.with_changes(leading_lines=[*blank, *comments])
 
     def check_new(self, statement: Statement, name: str) -> None:
-        if isinstance(statement, cst.FunctionDef) and is_spliced(statement) or (
-            isinstance(statement, cst.ClassDef) and any(map(is_ellipsis, statements(statement.body)))
+        if (isinstance(statement, cst.FunctionDef) and is_spliced(statement)) or (
+            isinstance(statement, cst.ClassDef)
+            and any(map(is_ellipsis, statements(statement.body)))
         ):
             raise self.error(name, "upstream has no such definition for `...` to stand for")
 
@@ -176,14 +180,14 @@ class _Merger:
 
     def bases_of_the_fork(self, module: cst.Module) -> dict[str, Set[str]]:
         """The methods of each class that this file imports from another overlay file."""
-        found = {}
+        found: dict[str, Set[str]] = {}
         here = ".".join(PurePosixPath(self.path).with_suffix("").parts)
         for statement in module.body:
             small = single(statement)
             if not isinstance(small, cst.ImportFrom) or isinstance(small.names, cst.ImportStar):
                 continue
-            module = get_absolute_module_for_import(here, small)
-            path = f"{(module or '').replace('.', '/')}.py"
+            source_module = get_absolute_module_for_import(here, small) or ""
+            path = f"{source_module.replace('.', '/')}.py"
             if path not in self.overlay:
                 continue
             classes = {

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,11 +120,13 @@ class Tree:
             else:
                 upstream = self._read(path)
                 if upstream is None:
-                    raise OverlayError(f"{file}: missing, though vLLM {self.release.version} has it")
+                    raise OverlayError(
+                        f"{file}: missing, though vLLM {self.release.version} has it"
+                    )
                 after = merge(
                     ours, upstream, path=path, release=self.release.version, overlay=self.overlay
                 )
-                foreign = current != after and current != upstream or (
+                foreign = (current != after and current != upstream) or (
                     upstream != after and releases.sha256(upstream) != self.release.sources[path]
                 )
             if foreign and (not manifest or digest(current) != manifest["files"].get(path)):
@@ -159,7 +161,9 @@ class Tree:
                 self._restore()
                 raise
         except OSError as error:
-            raise OverlayError(f"{self.root}: cannot be written to: {error}; nothing was changed") from error
+            raise OverlayError(
+                f"{self.root}: cannot be written to: {error}; nothing was changed"
+            ) from error
         return changes
 
     def revert(self) -> list[str]:
@@ -177,7 +181,9 @@ class Tree:
             before = original.read_bytes() if original.exists() else None
             file = self.root / path
             if digest(file.read_bytes() if file.is_file() else None) not in (after, digest(before)):
-                raise OverlayError(f"{file}: edited since the overlay was applied; undo that edit first")
+                raise OverlayError(
+                    f"{file}: edited since the overlay was applied; undo that edit first"
+                )
         try:
             self._write_manifest_status("reverting")
             self._restore()
@@ -233,7 +239,9 @@ class Tree:
     def _load(self) -> dict:
         return json.loads((self.state / "manifest.json").read_text())
 
-    def _write_manifest(self, changes: list[Change], status: str, folder: Path | None = None) -> None:
+    def _write_manifest(
+        self, changes: list[Change], status: str, folder: Path | None = None
+    ) -> None:
         files = {change.path: digest(change.after) for change in changes}
         manifest = {"release": str(self.release.version), "status": status, "files": files}
         replace((folder or self.state) / "manifest.json", json.dumps(manifest, indent=2).encode())
@@ -278,9 +286,12 @@ def digest(data: bytes | None) -> str | None:
 def assigned(file: Path, name: str) -> object:
     """The literal that a module assigns to a name; None if it does not."""
     for statement in ast.parse(file.read_text()).body:
-        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Constant):
-            if any(isinstance(t, ast.Name) and t.id == name for t in statement.targets):
-                return statement.value.value
+        if (
+            isinstance(statement, ast.Assign)
+            and isinstance(statement.value, ast.Constant)
+            and any(isinstance(t, ast.Name) and t.id == name for t in statement.targets)
+        ):
+            return statement.value.value
     return None
 
 

@@ -23,7 +23,13 @@ from .run import engine_job, reference_job, run, shared_cores, write_spec
 from .samples import FORMAT, builtin, load
 
 # What the check itself decides; given to an engine they would undo it.
-OWN = ("--enforce-eager", "--no-enforce-eager", "--logprobs-mode", "--max-logprobs", "--max_logprobs")
+OWN = (
+    "--enforce-eager",
+    "--no-enforce-eager",
+    "--logprobs-mode",
+    "--max-logprobs",
+    "--max_logprobs",
+)
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -33,17 +39,40 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", required=True, help="a checkpoint's folder, or its name on the hub")
+    parser.add_argument(
+        "--model", required=True, help="a checkpoint's folder, or its name on the hub"
+    )
     parser.add_argument("--samples", type=Path, help=f"JSON lines (default: built in); {FORMAT}")
-    parser.add_argument("--num-samples", type=int, help="how many samples (default: all; 5 built-in ones)")
+    parser.add_argument(
+        "--num-samples", type=int, help="how many samples (default: all; 5 built-in ones)"
+    )
     parser.add_argument("--max-tokens", type=int, default=8, help="tokens a sample (default: 8)")
     parser.add_argument("--dtype", default="auto", help="as vLLM has it (default: auto)")
-    parser.add_argument("--tolerance", type=float, help="largest |Δlogit| that is agreement (default: by dtype)")
-    parser.add_argument("--vllm", type=Path, metavar="TREE", help="a folder that contains another vllm/ than the installed one")
+    parser.add_argument(
+        "--tolerance", type=float, help="largest |Δlogit| that is agreement (default: by dtype)"
+    )
+    parser.add_argument(
+        "--vllm",
+        type=Path,
+        metavar="TREE",
+        help="a folder that contains another vllm/ than the installed one",
+    )
     parser.add_argument("--reference", action="store_true", help="compare with Transformers, too")
-    parser.add_argument("--side-by-side", action="store_true", help="both engines at once, with half the memory each and, on a CPU, half the cores")
-    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON to FILE, or to stdout instead of the table")
-    parser.add_argument("--logs", type=Path, help="keep the engines' logs and results in this folder")
+    parser.add_argument(
+        "--side-by-side",
+        action="store_true",
+        help="both engines at once, with half the memory each and, on a CPU, half the cores",
+    )
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="write JSON to FILE, or to stdout instead of the table",
+    )
+    parser.add_argument(
+        "--logs", type=Path, help="keep the engines' logs and results in this folder"
+    )
     args, options = parser.parse_known_args(arguments)
     for option in options:
         if option.split("=")[0] in OWN:
@@ -55,7 +84,10 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 def check(args: argparse.Namespace, options: list[str], folder: Path, console: Console) -> Report:
-    if args.model.startswith(("/", "./", "../", "~")) and not Path(args.model).expanduser().is_dir():
+    if (
+        args.model.startswith(("/", "./", "../", "~"))
+        and not Path(args.model).expanduser().is_dir()
+    ):
         raise ParityError(f"--model {args.model}: there is no such folder")
     if args.vllm and not (args.vllm / "vllm" / "__init__.py").is_file():
         raise ParityError(f"--vllm {args.vllm}: no vLLM there: it has no vllm/__init__.py")
@@ -66,7 +98,9 @@ def check(args: argparse.Namespace, options: list[str], folder: Path, console: C
     spec = write_spec(samples, args.samples is None, args.max_tokens, folder)
     common = ["--model", args.model, "--dtype", args.dtype, "--seed", "0"]
     common += ["--logprobs-mode", "raw_logits", "--max-logprobs", "-1", *options]
-    if args.side_by_side and not any(o.replace("_", "-").startswith("--gpu-memory-util") for o in options):
+    if args.side_by_side and not any(
+        o.replace("_", "-").startswith("--gpu-memory-util") for o in options
+    ):
         common += ["--gpu-memory-utilization", "0.4"]  # of a CPU's memory, too
     cores = shared_cores(2) if args.side_by_side else [[], []]
     jobs = [
@@ -76,7 +110,9 @@ def check(args: argparse.Namespace, options: list[str], folder: Path, console: C
     eager, compiled = run(jobs, spec, console, args.side_by_side)
     reference = None
     if args.reference:
-        (reference,) = run([reference_job(args.model, eager.meta["dtype"], folder)], spec, console, False)
+        (reference,) = run(
+            [reference_job(args.model, eager.meta["dtype"], folder)], spec, console, False
+        )
     return report(args.model, eager, compiled, reference, args.tolerance)
 
 

@@ -35,7 +35,8 @@ def report(
         for name, other in (("compiled", compiled), ("Transformers", reference)):
             if other is not None and not np.array_equal(prompt, other.prompts[i]):
                 raise ParityError(
-                    f"sample {i}: {name} was given other tokens than eager: {len(other.prompts[i])} and {len(prompt)}"
+                    f"sample {i + 1}: {name} was given other tokens than eager: "
+                    f"{len(other.prompts[i])} and {len(prompt)} of them"
                 )
         difference = compare(eager.runs[i], compiled.runs[i])
         sample = {
@@ -49,7 +50,9 @@ def report(
             text_only.append(difference.largest)
         if reference is not None:
             sample["eager_to_transformers"] = asdict(compare(reference.runs[i], eager.runs[i]))
-            sample["compiled_to_transformers"] = asdict(compare(reference.runs[i], compiled.runs[i]))
+            sample["compiled_to_transformers"] = asdict(
+                compare(reference.runs[i], compiled.runs[i])
+            )
         samples.append(sample)
     return {
         "model": model,
@@ -64,11 +67,11 @@ def report(
 
 
 def number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}" if 0.01 <= value < 1000 else f"{value:.1e}"
+    return "–" if value is None else f"{value:.2f}" if 0.01 <= value < 100 else f"{value:.0e}"
 
 
-def columns(title: str, *names: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 1, 0, 0), pad_edge=False)
+def columns(*names: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     return table
@@ -76,12 +79,12 @@ def columns(title: str, *names: str) -> Table:
 
 def show(reports: list[Report], console: Console) -> None:
     """Prints reports on the same samples side by side, and a verdict for each."""
-    about = columns("", "sample", "tokens", "image")
+    about = columns("#", "tokens", "image")
     for i, sample in enumerate(reports[0]["samples"]):
         about.add_row(str(i + 1), str(sample["prompt_tokens"]), str(sample["image_tokens"]))
     parts = [about]
     for one in reports:
-        part = columns(f"vLLM {one['vllm']}", "first", "decode", "KL", "same")
+        part = columns("first", "decode", "KL", "same")
         if one["transformers"]:
             part.add_column("eager–HF", justify="right", no_wrap=True)
             part.add_column("compiled–HF", justify="right", no_wrap=True)
@@ -93,20 +96,27 @@ def show(reports: list[Report], console: Console) -> None:
                     row.append(number(Difference(**sample[f"{side}_to_transformers"]).largest))
             part.add_row(*row, style="green" if sample["agrees"] else "bold red")
         parts.append(part)
-    grid = Table.grid(padding=(0, 2))
+    grid = Table.grid(padding=(0, 1))
+    grid.add_row("", *(f" vLLM {one['vllm']}" for one in reports))
     grid.add_row(*parts)
-    console.print(f"{reports[0]['model']}, {reports[0]['dtype']}, compiled against eager:", highlight=False)
-    console.print("largest |Δlogit| of the first token and of decoding, largest KL (nats), tokens in agreement")
+    console.print(
+        f"{reports[0]['model']}, {reports[0]['dtype']}, compiled against eager:", highlight=False
+    )
+    console.print(
+        "largest |Δlogit| (first token, decoding) and KL (nats), tokens that are the same"
+    )
     if reports[0]["transformers"]:
         console.print(f"HF: Transformers {reports[0]['transformers']}, largest |Δlogit|")
-    console.print(grid, width=200, crop=False)  # never narrower than its numbers
+    console.print(grid)
     for one in reports:
         wrong, total = sum(not sample["agrees"] for sample in one["samples"]), len(one["samples"])
         verdict = f"[bold red]diverges[/] on {wrong} of" if wrong else "[green]agrees[/] on"
         floor = "" if one["noise_floor"] is None else f"; noise floor {number(one['noise_floor'])}"
         console.print(
-            f"vLLM {one['vllm']}: compiled {verdict} {total} samples (tolerance {one['tolerance']:g}{floor})",
+            f"vLLM {one['vllm']}: compiled {verdict} {total} samples "
+            f"(tolerance {one['tolerance']:g}{floor})",
             highlight=False,
+            soft_wrap=True,
         )
 
 

@@ -41,7 +41,9 @@ class Result:
 class Job:
     """A worker process with its log."""
 
-    def __init__(self, name: str, module: str, arguments: list[str], env: dict[str, str], folder: Path):
+    def __init__(
+        self, name: str, module: str, arguments: list[str], env: dict[str, str], folder: Path
+    ):
         self.name, self.module, self.arguments, self.env = name, module, arguments, env
         self.log = folder / f"{name}.log"
         self.result = folder / f"{name}.npz"
@@ -49,7 +51,14 @@ class Job:
 
     def start(self, spec: Path) -> None:
         with self.log.open("wb") as log:
-            command = [sys.executable, "-m", self.module, str(spec), str(self.result), *self.arguments]
+            command = [
+                sys.executable,
+                "-m",
+                self.module,
+                str(spec),
+                str(self.result),
+                *self.arguments,
+            ]
             self.process = subprocess.Popen(
                 command, env=self.env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
@@ -85,7 +94,9 @@ class Job:
             )
 
 
-def engine_job(name: str, tree: Path | None, options: list[str], folder: Path, cores: list[int]) -> Job:
+def engine_job(
+    name: str, tree: Path | None, options: list[str], folder: Path, cores: list[int]
+) -> Job:
     """An engine of the installed vLLM, or of the one in `tree`; on `cores` if there are any."""
     env = dict(os.environ)
     paths = [str(tree.resolve())] if tree else []
@@ -104,7 +115,9 @@ def reference_job(model: str, dtype: str, folder: Path) -> Job:
 
 def write_spec(samples: list[Sample], builtin: bool, max_tokens: int, folder: Path) -> Path:
     spec: dict[str, Any] = {
-        "samples": [asdict(sample) for sample in samples], "builtin": builtin, "max_tokens": max_tokens,
+        "samples": [asdict(sample) for sample in samples],
+        "builtin": builtin,
+        "max_tokens": max_tokens,
     }
     path = folder / "job.json"
     path.write_text(json.dumps(spec))
@@ -118,9 +131,17 @@ def run(jobs: list[Job], spec: Path, console: Console, side_by_side: bool) -> li
         ParityError: one of them failed; the others are stopped.
     """
     batches = [jobs] if side_by_side else [[job] for job in jobs]
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.fields[stage]}"), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TextColumn("{task.fields[stage]}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console) as progress, stopping(jobs):
-        tasks = {job.name: progress.add_task(job.name, start=False, stage="waiting", total=1) for job in jobs}
+        tasks = {
+            job.name: progress.add_task(job.name, start=False, stage="waiting", total=1)
+            for job in jobs
+        }
         for batch in batches:
             for job in batch:
                 job.start(spec)
@@ -131,7 +152,9 @@ def run(jobs: list[Job], spec: Path, console: Console, side_by_side: bool) -> li
                 for job in list(running):
                     assert job.process
                     done = job.process.poll() is not None
-                    stage = job.stage() if not done else "failed" if job.process.returncode else "done"
+                    stage = (
+                        job.stage() if not done else "failed" if job.process.returncode else "done"
+                    )
                     progress.update(tasks[job.name], stage=stage, completed=int(done))
                     if done:
                         running.remove(job)

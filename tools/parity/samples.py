@@ -15,7 +15,11 @@ FORMAT = (
     'a sample is a JSON object with "prompt" (a string, placeholders included) or "messages" '
     '(a chat), and "images" (a list of paths, relative to the file)'
 )
-QUESTIONS = ("What is the length of x?", "Which angle is the largest?", "Find the area of the shape.")
+QUESTIONS = (
+    "What is the length of x?",
+    "Which angle is the largest?",
+    "Find the area of the shape.",
+)
 
 
 @dataclass
@@ -49,8 +53,14 @@ def drawing(seed: int) -> Image.Image:
     image = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(image)
     apex = (30 + 17 * seed % (width - 60), 15 + 5 * seed % 40)
-    draw.polygon([(15, height - 20), (width - 15, height - 30 - 7 * seed % 50), apex], outline="black", width=3)
-    draw.ellipse([apex[0] - 9, height // 2, apex[0] + 30, height // 2 + 39], fill=(40 * seed % 256, 90, 160))
+    draw.polygon(
+        [(15, height - 20), (width - 15, height - 30 - 7 * seed % 50), apex],
+        outline="black",
+        width=3,
+    )
+    draw.ellipse(
+        [apex[0] - 9, height // 2, apex[0] + 30, height // 2 + 39], fill=(40 * seed % 256, 90, 160)
+    )
     draw.text((width // 2, height - 18), f"x = {seed}", fill="red")
     return image
 

@@ -23,9 +23,9 @@ class DeepStackMixin:
     Its `embed_input_ids` stages with `_set_…`; its `forward` reads with `_get_…`, runs
     the decoder, and ends with `_clear_…`. In between hold, whatever the order of calls:
 
-    - The decoder's inputs never change in kind. As long as there are buffers, reading
-      gives a tensor for every level, and zeros where nothing is staged. A graph compiled
-      while nothing was staged (the profiling run) therefore takes features as well.
+    - The decoder's inputs never change in kind: as long as there are buffers, reading
+      gives a tensor for every level, zeros where nothing is staged. So a graph that was
+      compiled while nothing was staged (in the profiling run) takes features later.
       Contract of vllm-project/vllm#43617; the defect is vllm-project/vllm#43602.
     - A row holds the payload last staged there, or zeros.
     - Without a vision tower there are no buffers: reading gives `None`, all else does
@@ -61,8 +61,8 @@ class DeepStackMixin:
     def _set_deepstack_input_embeds(self, deepstack_input_embeds: torch.Tensor) -> None:
         """Stages a payload, `[levels, num_tokens, hidden_size]`, in place of any other.
 
-        It is copied, and converted to the buffers' dtype and device. Rows that belong to
-        no image are to be zeros.
+        It is copied, and converted to the buffers' dtype and device. The caller gives
+        zeros for the rows of text.
 
         Raises:
             ValueError: the payload has not the buffers' levels and hidden size.
@@ -70,7 +70,10 @@ class DeepStackMixin:
         if not self._has_deepstack_buffers():
             return
         levels, num_tokens, hidden_size = deepstack_input_embeds.shape
-        expected = len(self.deepstack_input_embeds), self.deepstack_input_embeds[0].size(1)
+        expected = (
+            len(self.deepstack_input_embeds),
+            self.deepstack_input_embeds[0].size(1),
+        )
         if (levels, hidden_size) != expected:
             raise ValueError(
                 f"DeepStack payload of {levels} levels, hidden size {hidden_size}, "
@@ -96,10 +99,11 @@ class DeepStackMixin:
             self.deepstack_input_embeds_num_tokens = 0
 
     def _resize_deepstack_input_embeds(self, num_tokens: int) -> None:
-        """Makes room for `num_tokens` rows. What is staged stays; room is not given up."""
-        if num_tokens > self.deepstack_input_embeds[0].size(0):
+        """Makes room for `num_tokens` rows. Keeps what is staged; never shrinks."""
+        missing = num_tokens - self.deepstack_input_embeds[0].size(0)
+        if missing > 0:
             self.deepstack_input_embeds = [
-                torch.cat([buffer, buffer.new_zeros(num_tokens - len(buffer), buffer.size(1))])
+                torch.nn.functional.pad(buffer, (0, 0, 0, missing))
                 for buffer in self.deepstack_input_embeds
             ]
 

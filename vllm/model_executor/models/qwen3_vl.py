@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen3-VL: the buffers' methods come from the mixin instead of the model."""
+"""Qwen3-VL: the buffers' methods come from the mixin, not the model."""
 
 from .deepstack import DeepStackMixin
 

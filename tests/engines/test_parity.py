@@ -1,0 +1,150 @@
+"""D1 on real CPU engines: the stock release shows it, the fork does not."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import tiny_models
+from tools import releases
+from tools.overlay.tree import Tree
+from tools.parity.samples import builtin
+
+pytest.importorskip("vllm")
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+MODELS = ["qwen3_vl", "qwen3_omni"]
+RAW = (
+    "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>find x<|im_end|>\n"
+    "<|im_start|>assistant\n"
+)
+SMALL = ["--max-model-len", "512", "--max-num-batched-tokens", "512", "--max-num-seqs", "16"]
+# The CPU build of vLLM cannot run Omni's audio tower with a CUDA build of PyTorch.
+LIMITS = {"qwen3_vl": {"image": 2, "video": 0}, "qwen3_omni": {"image": 2, "video": 0, "audio": 0}}
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {name: tiny_models.MODELS[name](root / name) for name in MODELS}
+
+
+@pytest.fixture(scope="session")
+def samples(tmp_path_factory) -> Path:
+    """Four image prompts, one of them with two images and one raw, and a text prompt."""
+    folder = tmp_path_factory.mktemp("samples")
+    lines: list[dict] = [{"messages": s.messages, "images": s.images} for s in builtin(5, folder)]
+    lines[1] = {"prompt": RAW, "images": lines[1]["images"]}
+    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "samples.jsonl"
+
+
+@pytest.fixture(scope="session")
+def stock_cache(tmp_path_factory) -> Path:
+    """vLLM's cache, warmed by the stock release's engines."""
+    return tmp_path_factory.mktemp("stock-cache")
+
+
+@pytest.fixture
+def parity(models, samples, tmp_path):
+    """Runs the check: (exit code, report)."""
+
+    def run(model: str, *options: object, cache: Path | None = None) -> tuple[int, dict]:
+        command = [
+            sys.executable,
+            "-m",
+            "tools.parity",
+            "--model",
+            models[model],
+            "--dtype",
+            "float32",
+        ]
+        command += [
+            "--samples",
+            samples,
+            "--side-by-side",
+            "--logs",
+            tmp_path / "logs",
+            "--json",
+            tmp_path / "report.json",
+        ]
+        command += [*SMALL, "--limit-mm-per-prompt", json.dumps(LIMITS[model]), *options]
+        env = os.environ | {
+            "VLLM_CACHE_ROOT": str(cache or tmp_path / "cache"),
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        done = subprocess.run(
+            [str(part) for part in command],
+            cwd=releases.ROOT,
+            env=env,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode in (0, 1), done.stderr
+        print(done.stdout)
+        return done.returncode, json.loads((tmp_path / "report.json").read_text())
+
+    return run
+
+
+def differences(report: dict, images: bool, key: str = "compiled") -> list[float]:
+    return [
+        max(s[key]["first"], s[key]["decode"] or 0)
+        for s in report["samples"]
+        if bool(s["images"]) == images
+    ]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_stock_release_loses_the_features(parity, model, stock_tree, stock_cache):
+    code, report = parity(model, "--vllm", stock_tree, cache=stock_cache)
+    assert code == 1
+    assert report["vllm"] == str(releases.default().version)
+    assert len(differences(report, images=True)) == 4
+    assert min(differences(report, images=True)) > 0.5
+    assert max(differences(report, images=False)) < 1e-3
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_fork_agrees_with_eager_and_with_transformers(parity, model):
+    code, report = parity(model, "--reference")
+    assert code == 0
+    assert "deepstack" in report["vllm"]
+    assert all(s["image_tokens"] > 0 for s in report["samples"] if s["images"])
+    assert all(s["compiled"]["agreed"] == s["compiled"]["steps"] == 8 for s in report["samples"])
+    for key in ("compiled", "eager_to_transformers", "compiled_to_transformers"):
+        assert max(differences(report, True, key) + differences(report, False, key)) < 1e-3
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_patched_stock_release_does_not_meet_its_old_graphs(
+    parity, model, stock_tree, stock_cache, tmp_path
+):
+    """The version is the stock release's, and the cache is warm with what it compiled."""
+    assert list(stock_cache.glob("torch_compile_cache/*")), (
+        "run the test of the stock release first"
+    )
+    tree = shutil.copytree(stock_tree, tmp_path / "patched", copy_function=os.link)
+    Tree(tree).apply()
+    code, report = parity(model, "--vllm", tree, cache=stock_cache)
+    assert code == 0
+    assert report["vllm"] == str(releases.default().version)
+    assert max(differences(report, True) + differences(report, False)) < 1e-3
+
+
+def test_model_that_vllm_cannot_load(tmp_path):
+    """vLLM's own error is shown."""
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "nonsense", "architectures": ["NonsenseForCausalLM"]}'
+    )
+    command = [sys.executable, "-m", "tools.parity", "--model", str(tmp_path), "--num-samples", "1"]
+    done = subprocess.run(command, cwd=releases.ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "eager failed" in done.stderr and "nonsense" in done.stderr
