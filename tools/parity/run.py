@@ -64,8 +64,17 @@ class Job:
             )
 
     def stage(self) -> str:
-        stages = [line for line in self.lines() if line.startswith(STAGE)]
-        return stages[-1].removeprefix(STAGE) if stages else "importing"
+        """Raises ParityError, with the errors of the log, if the process failed."""
+        assert self.process
+        if self.process.poll() is None:
+            stages = [line for line in self.lines() if line.startswith(STAGE)]
+            return stages[-1].removeprefix(STAGE) if stages else "importing"
+        if self.process.returncode or not self.result.exists():
+            raise ParityError(
+                f"{self.name} failed with exit code {self.process.returncode}:\n{self.error()}\n"
+                f"Its whole log: {self.log}"
+            )
+        return "done"
 
     def lines(self) -> list[str]:
         return self.log.read_text(errors="replace").splitlines()
@@ -76,13 +85,6 @@ class Job:
         return "\n".join(dict.fromkeys(found)) or "\n".join(self.lines()[-10:])
 
     def load(self) -> Result:
-        """Raises ParityError, with the end of the log, if the process failed."""
-        assert self.process
-        if self.process.returncode or not self.result.exists():
-            raise ParityError(
-                f"{self.name} failed with exit code {self.process.returncode}:\n{self.error()}\n"
-                f"Its whole log: {self.log}"
-            )
         with np.load(self.result) as data:
             count = sum(key.startswith("tokens_") for key in data)
             return Result(
@@ -137,28 +139,24 @@ def run(jobs: list[Job], spec: Path, console: Console, side_by_side: bool) -> li
         TextColumn("{task.fields[stage]}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console) as progress, stopping(jobs):
+    live = console.is_terminal
+    with Progress(*columns, console=console, disable=not live) as progress, stopping(jobs):
         tasks = {
-            job.name: progress.add_task(job.name, start=False, stage="waiting", total=1)
-            for job in jobs
+            job: progress.add_task(job.name, start=False, stage="waiting", total=1) for job in jobs
         }
         for batch in batches:
             for job in batch:
                 job.start(spec)
-                progress.start_task(tasks[job.name])
-            running = list(batch)
-            while running:
+                progress.start_task(tasks[job])
+            stages = dict.fromkeys(batch, "")
+            while set(stages.values()) != {"done"}:
                 time.sleep(0.2)
-                for job in list(running):
-                    assert job.process
-                    done = job.process.poll() is not None
-                    stage = (
-                        job.stage() if not done else "failed" if job.process.returncode else "done"
-                    )
-                    progress.update(tasks[job.name], stage=stage, completed=int(done))
-                    if done:
-                        running.remove(job)
-                        job.load()
+                for job in batch:
+                    stage = job.stage()
+                    if stage != stages[job] and not live:
+                        console.print(f"{job.name}: {stage}", highlight=False)
+                    stages[job] = stage
+                    progress.update(tasks[job], stage=stage, completed=int(stage == "done"))
     return [job.load() for job in jobs]
 
 
