@@ -205,6 +205,9 @@ class TestDefinitions:
     def test_what_is_no_definition_is_an_error(self, overlay, words):
         fails("class A:\n    pass\n", overlay, *words)
 
+    def test_definition_that_upstream_imports_is_an_error(self):
+        fails("from .utils import f\n", "def f():\n    return 1\n", "f", "imports it")
+
     def test_ambiguous_definition_is_an_error(self):
         fails("def f(): pass\ndef f(): pass\n", "def f():\n    return 1\n", "f", "2 times")
 

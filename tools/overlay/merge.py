@@ -126,7 +126,7 @@ class _Merger:
             if found:
                 body[found[0]] = self.definition(statement, body[found[0]], definition)
             else:
-                self.check_new(statement, definition)
+                self.check_new(statement, definition, body)
                 at = next((i for i, s in enumerate(body) if names(s) == following), len(body))
                 body.insert(at, spaced(statement, 1 if owner else 2))
             following = name
@@ -149,7 +149,9 @@ class _Merger:
         blank = [line for line in leading_lines(theirs) if not line.comment]
         return ours.with_changes(leading_lines=[*blank, *comments])
 
-    def check_new(self, statement: Statement, name: str) -> None:
+    def check_new(self, statement: Statement, name: str, body: list[Statement]) -> None:
+        if any(name == bound for other in body for _, _, bound in imported(other)):
+            raise self.error(name, "upstream imports it instead of defining it")
         if (isinstance(statement, cst.FunctionDef) and is_spliced(statement)) or (
             isinstance(statement, cst.ClassDef)
             and any(map(is_ellipsis, statements(statement.body)))

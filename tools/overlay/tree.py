@@ -144,11 +144,12 @@ class Tree:
         Raises:
             OverlayError: as `changes`; or the tree cannot be written to.
         """
-        if self._manifest() and self.changes():
-            self.revert()  # an earlier overlay's merge: make anew from the originals
         changes = self.changes()
         if not changes:
             return []
+        if self.state.is_dir():  # an earlier overlay's merge: make anew from the originals
+            self.revert()
+            changes = self.changes()
         record = self._record(changes)
         written = [*changes, *([record] if record else [])]
         try:
