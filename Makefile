@@ -61,7 +61,7 @@ lint: $(VENV)/tools
 	$(VENV)/bin/mypy
 
 test-fast: lint install
-	$(PY) -m pytest -n 2 -m 'not engine and not gpu'
+	$(PY) -m pytest -n 2 --dist loadfile -m 'not engine and not gpu'
 
 test: test-fast
 	$(PY) -m pytest -m 'engine and not gpu'

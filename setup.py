@@ -147,9 +147,8 @@ class merged_dist_info(dist_info):
     def run(self) -> None:
         with WheelFile(release_wheel()) as wheel:
             released = wheel.read(f"{wheel.dist_info_path}/METADATA")
-        info = Path(self.output_dir) / f"vllm-{VERSION}.dist-info"
-        info.mkdir(parents=True)
-        (info / "METADATA").write_bytes(true_metadata(released))
+        super().run()
+        (Path(self.dist_info_dir) / "METADATA").write_bytes(true_metadata(released))
 
 
 class no_editable_wheel(editable_wheel):

@@ -137,9 +137,8 @@ def test_it_installs_into_an_empty_environment(wheel, tmp_path):
     )
     if device == "cuda":  # no machine to run it on: it resolves
         done = uv("install", "--dry-run", "--python", python, built)
-        assert (
-            done.returncode == 0 and f"vllm=={parse_wheel_filename(built.name)[1]}" in done.stderr
-        ), done.stderr
+        assert done.returncode == 0, done.stderr
+        assert built.name in done.stderr and "+ torch==2.11.0" in done.stderr
         return
     done = uv("install", "--python", python, built)
     assert done.returncode == 0, done.stderr

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,13 @@ class Job:
 
     def error(self) -> str:
         """The exceptions in the log, first to last; its end if there are none."""
-        found = [match[1] for line in self.lines() if (match := EXCEPTION.search(line))]
-        return "\n".join(dict.fromkeys(found)) or "\n".join(self.lines()[-10:])
+        found: dict[str, None] = {}  # a set that keeps the order
+        lines = self.lines()
+        for number, line in enumerate(lines):
+            if match := EXCEPTION.search(line):
+                rest = takewhile(lambda more: more.startswith("  "), lines[number + 1 : number + 5])
+                found["\n".join([match[1], *rest])] = None
+        return "\n".join(found) or "\n".join(lines[-10:])
 
     def load(self) -> Result:
         with np.load(self.result) as data:
