@@ -13,6 +13,9 @@ STOCK := build/stock/$(RELEASE)
 TINY := build/tiny/qwen3_vl
 ENGINE := --dtype float32 --max-model-len 512 --max-num-batched-tokens 512 --limit-mm-per-prompt '{"image": 2, "video": 0}'
 
+# The longest first; each folder's tests share what is costly.
+FAST := $(addprefix tests/,wheel deepstack overlay parity)
+
 .PHONY: help wheel install parity test test-fast lint clean
 
 help:
@@ -61,7 +64,7 @@ lint: $(VENV)/tools
 	$(VENV)/bin/mypy
 
 test-fast: lint install
-	$(PY) -m pytest -n 2 --dist loadfile -m 'not engine and not gpu'
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not engine and not gpu' $(FAST) tests
 
 test: test-fast
 	$(PY) -m pytest -m 'engine and not gpu'

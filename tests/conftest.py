@@ -6,10 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import Phase, settings
 
 from tools import releases
 
 BUILD = releases.ROOT / "build"
+
+# For tests that are meant to fail: it does not matter on how small an example.
+settings.register_profile("unshrunk", phases=[Phase.generate])
 
 
 @pytest.fixture(scope="session")

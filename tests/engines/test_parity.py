@@ -14,12 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests import tiny_models
 from tools import releases
 from tools.overlay.tree import Tree
 from tools.parity.samples import Sample, builtin
 
-pytest.importorskip("vllm")
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 MODELS = ["qwen3_vl", "qwen3_omni"]
@@ -34,6 +32,8 @@ LIMITS = {"qwen3_vl": {"image": 2, "video": 0}, "qwen3_omni": {"image": 2, "vide
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
+    from tests import tiny_models
+
     root = tmp_path_factory.mktemp("models")
     return {name: tiny_models.MODELS[name](root / name) for name in MODELS}
 
