@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,11 @@ def main(job: str, result: str, options: list[str]) -> None:
         arrays[f"image_tokens_{i}"] = np.array(output.prompt_token_ids.count(image_token))
         arrays[f"tokens_{i}"] = np.array(output.outputs[0].token_ids)
         arrays[f"logits_{i}"] = logits(output.outputs[0].logprobs, config.get_vocab_size())
-    dtype = str(config.dtype).removeprefix("torch.")
-    np.savez(result, meta=np.array(json.dumps({"vllm": __version__, "dtype": dtype})), **arrays)
+    name = __version__
+    if "deepstack" not in name and find_spec("vllm.model_executor.models.deepstack"):
+        name += " with the overlay"  # patched in place, it keeps its release's version
+    meta = {"vllm": name, "dtype": str(config.dtype).removeprefix("torch.")}
+    np.savez(result, meta=np.array(json.dumps(meta)), **arrays)
 
 
 def generate(llm: Any, samples: list[Sample], sampling: Any) -> list[Any]:
