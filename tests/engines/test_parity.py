@@ -185,6 +185,37 @@ def test_patched_stock_release_does_not_meet_its_old_graphs(
     assert max(differences(report, True) + differences(report, False)) < 1e-3
 
 
+def test_model_without_images(tmp_path):
+    """Any model will do: the built-in samples go without their images."""
+    import transformers
+
+    from tests import tiny_models
+
+    tokenizer = tiny_models.make_tokenizer()
+    tokenizer.chat_template = None
+    config = tiny_models.text_config(tokenizer) | {"rope_scaling": None}
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**config))
+    tiny_models.draw_weights(model, 0)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-m", "tools.parity", "--model", tmp_path / "model", *SMALL]
+    command += ["--dtype", "float32", "--num-samples", "2", "--max-tokens", "3", "--json"]
+    env = os.environ | {"VLLM_CACHE_ROOT": str(tmp_path), "VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = subprocess.run(
+        [str(part) for part in [*command, "--side-by-side", "--reference"]],
+        cwd=releases.ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert done.returncode == 0
+    report = json.loads(done.stdout)
+    assert [s["images"] for s in report["samples"]] == [0, 0]
+    assert (
+        max(differences(report, False) + differences(report, False, "eager_to_transformers")) < 1e-3
+    )
+
+
 def test_model_that_vllm_cannot_load(tmp_path):
     """vLLM's own error is shown."""
     (tmp_path / "config.json").write_text(

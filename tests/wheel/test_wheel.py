@@ -43,13 +43,19 @@ def uv(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module", params=["cpu", "cuda"])
 def wheel(request, tmp_path_factory) -> tuple[str, Path]:
-    """(device, wheel): the CPU's by `pip wheel`, CUDA's by `python -m build`."""
+    """(device, wheel): the CPU's by pip; CUDA's without a network, from a wheel at hand."""
     out = tmp_path_factory.mktemp("dist")
     if request.param == "cpu":
         command = ["pip", "wheel", ".", "--no-deps", "--wheel-dir", out]
+        env = {"VLLM_TARGET_DEVICE": "cpu"}
     else:
-        command = ["build", "--wheel", "--installer", "uv", "--outdir", out]
-    done = run(sys.executable, "-m", *command, VLLM_TARGET_DEVICE=request.param)
+        command = ["build", "--wheel", "--no-isolation", "--outdir", out]
+        location = RELEASE.fetch("cuda", ROOT / "build/releases")
+        env = {"VLLM_PRECOMPILED_WHEEL_LOCATION": str(location)}
+        env |= {
+            name: "http://127.0.0.1:9" for name in ("PIP_INDEX_URL", "UV_INDEX_URL", "https_proxy")
+        }
+    done = run(sys.executable, "-m", *command, **env)
     assert done.returncode == 0, done.stdout + done.stderr
     (built,) = out.iterdir()
     return request.param, built

@@ -20,7 +20,7 @@ from rich.console import Console
 from . import ParityError
 from .report import Report, report, show
 from .run import engine_job, reference_job, run, shared_cores, write_spec
-from .samples import FORMAT, builtin, load
+from .samples import FORMAT, Sample, builtin, load
 
 # What the check itself decides; given to an engine they would undo it.
 OWN = (
@@ -110,6 +110,8 @@ def check(args: argparse.Namespace, options: list[str], folder: Path, console: C
     eager, compiled = run(jobs, spec, console, args.side_by_side)
     reference = None
     if args.reference:
+        if not args.samples and not any(eager.images):  # a model that takes none
+            spec = write_spec([Sample(s.messages) for s in samples], True, args.max_tokens, folder)
         (reference,) = run(
             [reference_job(args.model, eager.meta["dtype"], folder)], spec, console, False
         )

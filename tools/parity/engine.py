@@ -77,8 +77,7 @@ def open_image(path: str) -> Image.Image:
 
 
 def raw_prompt(sample: Sample) -> dict[str, Any]:
-    text = sample.prompt if sample.prompt is not None else (sample.messages or [])[-1]["content"]
-    prompt: dict[str, Any] = {"prompt": text}
+    prompt: dict[str, Any] = {"prompt": sample.text()}
     if sample.images:
         prompt["multi_modal_data"] = {"image": [open_image(path) for path in sample.images]}
     return prompt

@@ -59,11 +59,11 @@ def load(path: str, dtype: torch.dtype) -> Any:
 
 
 def tokenize(processor: Any, sample: Sample) -> Any:
-    if sample.prompt is not None:
+    no_template = not sample.images and getattr(processor, "chat_template", None) is None
+    if sample.prompt is not None or no_template:
         images = [open_image(path) for path in sample.images]
-        return processor(
-            text=[sample.prompt], **({"images": images} if images else {}), return_tensors="pt"
-        )
+        given = {"text": [sample.text()]} | ({"images": images} if images else {})
+        return processor(**given, return_tensors="pt")
     messages = with_images(sample, lambda path: {"type": "image", "image": open_image(path)})
     return processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"

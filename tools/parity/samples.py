@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ class Sample:
     prompt: str | None = None
     images: list[str] = field(default_factory=list)
 
-    asdict = asdict
+    def text(self) -> str:
+        """The prompt of a sample for a model that has no chat template."""
+        return self.prompt if self.prompt is not None else (self.messages or [])[-1]["content"]
 
 
 def builtin(count: int, folder: Path) -> list[Sample]:
