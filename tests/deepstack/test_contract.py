@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,6 +138,20 @@ def test_clearing_some_rows_leaves_the_others_staged(cls):
     assert read(model, 6)[:, 2:].equal(payload(6)[:, 2:])
     model._clear_deepstack_input_embeds(6)
     assert read(model, 6).eq(0).all()
+
+
+@bites
+@pytest.mark.parametrize("staged, cleared", [(1, 0), (6, 0), (6, 2), (ROWS + 3, 0)])
+def test_payload_that_forward_did_not_clear_is_gone_at_the_next_step(cls, staged, cleared):
+    """D2: a full CUDA graph replays without the Python in `forward` that clears."""
+    model = make(cls)
+    embeddings = torch.nn.Embedding(16, HIDDEN)
+    model.language_model = SimpleNamespace(embed_input_ids=embeddings)
+    model._set_deepstack_input_embeds(payload(staged))
+    model._clear_deepstack_input_embeds(cleared)
+    ids = torch.tensor([3])
+    assert model.embed_input_ids(ids).equal(embeddings(ids))
+    assert read(model, 2 * ROWS).eq(0).all()
 
 
 def test_payload_takes_the_buffers_dtype(cls):
