@@ -20,9 +20,9 @@ class DeepStackMixin:
 
     The model that mixes this in makes the buffers: `deepstack_input_embeds`, one a
     level, each `[rows, hidden_size]`, zeros, of the decoder's dtype and on its device.
-    Its `embed_input_ids`, which runs at every step whatever graph follows, clears what an
-    earlier step left and stages with `_set_…`; its `forward` reads with `_get_…`, runs the
-    decoder, and ends with `_clear_…`. Whatever the order of calls:
+    Its `embed_input_ids`, which runs at every step whatever graph follows, clears what
+    an earlier step left and stages with `_set_…`; its `forward` reads with `_get_…`,
+    runs the decoder, and ends with `_clear_…`. Whatever the order of calls:
 
     - The decoder's inputs never change in kind: as long as there are buffers, reading
       gives a tensor for every level, zeros where nothing is staged. So a graph that was
