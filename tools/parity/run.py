@@ -51,6 +51,7 @@ class Job:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, spec: Path) -> None:
+        self.result.unlink(missing_ok=True)  # an earlier check's
         with self.log.open("wb") as log:
             command = [
                 sys.executable,
