@@ -50,7 +50,7 @@ class Job:
         self.result = folder / f"{name}.npz"
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, spec: Path) -> None:
+    def start(self, spec: str | Path, pass_fds: tuple[int, ...] = ()) -> None:
         self.result.unlink(missing_ok=True)  # an earlier check's
         with self.log.open("wb") as log:
             command = [
@@ -62,7 +62,12 @@ class Job:
                 *self.arguments,
             ]
             self.process = subprocess.Popen(
-                command, env=self.env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                env=self.env,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=pass_fds,
             )
 
     def stage(self) -> str:

@@ -4,10 +4,31 @@
 from .deepstack import DeepStackMixin
 
 
+class Qwen3Omni_VisionTransformer:
+    # release: >=0.22,<0.24
+    def forward(self, x, grid_thw):
+        ...
+        hidden_states = hidden_states.unsqueeze(1)
+        # `grid_thw`, from which they come, is on the CPU; FlashAttention is not.
+        cu_seqlens = cu_seqlens.to(self.device, non_blocking=True)
+        ...
+
+
 class Qwen3OmniMoeThinkerForConditionalGeneration(DeepStackMixin):
     def embed_input_ids(
         self, input_ids, multimodal_embeddings=None, *, is_multimodal=None
     ):
         # `forward` clears as well, but a full CUDA graph replays without its Python.
         self._clear_deepstack_input_embeds(self.deepstack_input_embeds_num_tokens)
+        ...
+
+    def forward(
+        self,
+        input_ids,
+        positions,
+        intermediate_tensors=None,
+        inputs_embeds=None,
+        **kwargs,
+    ):
+        self._move_deepstack_input_embeds(inputs_embeds)
         ...

@@ -1,0 +1,170 @@
+"""Serves random streams of requests, and compares each with the same request alone.
+
+    python -m tests.serving.soak --model DIR --num-requests 500 --seed 1 [VLLM_OPTION…]
+
+The engine under test gets vLLM's options; the other one, eager and without a cache of
+prefixes, is the oracle. On failure the stream is shrunk to a short one that still fails.
+Exit code 0: no difference; 1: a difference; 2: an engine died.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import hypothesis
+from hypothesis import HealthCheck, Phase
+from tqdm import tqdm
+
+from tools.parity import ParityError
+from tools.parity.compare import TOLERANCE, Run, compare
+from tools.parity.run import shared_cores
+
+from .engine import Engine
+from .streams import LIMITS, MAX_MODEL_LEN, Request, streams
+
+
+class DifferenceError(AssertionError):
+    """A request did not get what it gets alone."""
+
+
+@dataclass
+class Soak:
+    """Compares an engine with an oracle. The oracle is asked once about each request."""
+
+    served: Engine
+    oracle: Engine
+    tolerance: float
+    requests: int = 0
+    compared: int = 0
+    """Steps whose contexts were the same, and so their logits could be compared."""
+    steps: int = 0
+    largest: float = 0.0
+    """The largest |Δlogit| so far."""
+    first_failure: int | None = None
+    """The number of requests that it took to find one that differs."""
+
+    def __post_init__(self) -> None:
+        self.alone: dict[Request, Run] = {}
+
+    def check(self, stream: list[Request]) -> None:
+        """Raises DifferenceError unless all logits are within the tolerance.
+
+        Tokens that differ while the logits agree are ties; what follows them is not compared.
+        """
+        for number, (request, run) in enumerate(zip(stream, self.served.serve(stream))):
+            if request not in self.alone:
+                (self.alone[request],) = self.oracle.serve([request])
+            difference = compare(run, self.alone[request])
+            self.requests += 1
+            self.steps += difference.steps
+            self.compared += min(difference.agreed + 1, difference.steps)
+            self.largest = max(self.largest, difference.largest)
+            if not difference.largest <= self.tolerance:
+                self.first_failure = self.first_failure or self.requests
+                raise DifferenceError(
+                    f"request {number} of {len(stream)}: |Δlogit| {difference.first:.2g} at the "
+                    f"first token, {difference.decode or 0:.2g} later (tolerance {self.tolerance})"
+                )
+
+    def run(self, modalities: tuple[str, ...], count: int, seed: int) -> None:
+        """Checks streams until they had `count` requests.
+
+        Raises:
+            DifferenceError: a request differs; the notes have the shrunk stream and the seed.
+        """
+        with tqdm(total=count, unit="request", disable=None) as bar:
+
+            @hypothesis.seed(seed)
+            @hypothesis.settings(
+                max_examples=count,
+                database=None,
+                deadline=None,
+                phases=[Phase.generate, Phase.shrink],
+                suppress_health_check=list(HealthCheck),
+            )
+            @hypothesis.given(streams(modalities))
+            def serve(stream: list[Request]) -> None:
+                if self.requests < count or self.first_failure:
+                    self.check(stream)
+                    bar.update(len(stream))
+
+            try:
+                serve()
+            except DifferenceError as error:
+                error.add_note(f"found by --seed {seed}, after {self.first_failure} requests")
+                raise
+
+
+def modalities(model: Path) -> tuple[str, ...]:
+    config = json.loads((model / "config.json").read_text())
+    return ("image", "video", "audio") if "thinker_config" in config else ("image", "video")
+
+
+def oracle_options(model: Path, dtype: str) -> list[str]:
+    limits = {modality: LIMITS[modality] for modality in modalities(model)}
+    return [
+        *("--model", str(model), "--dtype", dtype, "--max-model-len", str(MAX_MODEL_LEN)),
+        *("--limit-mm-per-prompt", json.dumps(limits), "--max-num-seqs", "8"),
+        *("--enforce-eager", "--no-enable-prefix-caching"),
+    ]
+
+
+def served_options(model: Path, dtype: str, *options: str) -> list[str]:
+    """The oracle's, compiled and with `options`."""
+    return [*oracle_options(model, dtype)[:-2], *options]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.serving.soak",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", type=Path, required=True, help="a checkpoint's folder")
+    parser.add_argument("--dtype", choices=TOLERANCE, default="bfloat16")
+    parser.add_argument("--tolerance", type=float, help="largest |Δlogit| that passes")
+    parser.add_argument("--num-requests", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vllm", type=Path, help="test the vLLM in this folder")
+    args, options = parser.parse_known_args()
+    if not (args.model / "config.json").is_file():
+        parser.error(f"--model {args.model}: no config.json there")
+    if not any(option.startswith("--gpu-memory-util") for option in options):
+        options += ["--gpu-memory-utilization", "0.4"]  # of a CPU's memory, too
+    folder = Path(tempfile.mkdtemp(prefix="soak."))
+    engines = []
+    try:
+        for name, core, options_, tree in (
+            ("served", 0, served_options(args.model, args.dtype, *options), args.vllm),
+            ("oracle", 1, oracle_options(args.model, args.dtype), None),
+        ):
+            bind = ",".join(map(str, shared_cores(2)[core])) or "auto"
+            engines.append(
+                Engine(name, options_, folder, tree, VLLM_CPU_OMP_THREADS_BIND=bind)
+            )
+        soak = Soak(*engines, args.tolerance or TOLERANCE[args.dtype])
+        soak.run(modalities(args.model), args.num_requests, args.seed)
+    except ParityError as error:
+        print(f"error: {error}\nlogs: {folder}", file=sys.stderr)
+        return 2
+    except DifferenceError as error:
+        print("\n".join([str(error), *error.__notes__]))
+        return 1
+    finally:
+        for engine in engines:
+            engine.stop()
+    print(
+        f"{soak.requests} requests, {soak.compared} of {soak.steps} steps compared: "
+        f"largest |Δlogit| {soak.largest:.2g} (tolerance {soak.tolerance})"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""Streams of requests, as Hypothesis draws and shrinks them, and what an engine is given for one."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+from PIL import Image
+
+from tools.parity.samples import drawing
+
+MAX_MODEL_LEN = 512
+LIMITS = {"image": 3, "video": 1, "audio": 1}
+SAMPLE_RATE = 16_000
+# Placeholders by modality; the processor puts a modality's tokens in place of the middle one.
+MARKS = {
+    "image": ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>"),
+    "video": ("<|vision_start|>", "<|video_pad|>", "<|vision_end|>"),
+    "audio": ("<|audio_start|>", "<|audio_pad|>", "<|audio_end|>"),
+}
+
+
+@dataclass(frozen=True)
+class Text:
+    tokens: int
+    seed: int = 0
+
+    def ids(self) -> list[int]:
+        """Ordinary tokens of any vocabulary."""
+        return np.random.default_rng(self.seed).integers(20, 300, self.tokens).tolist()
+
+
+@dataclass(frozen=True)
+class Picture:
+    width: int
+    height: int
+    seed: int = 0
+
+    modality = "image"
+
+    def content(self) -> Image.Image:
+        return drawing(self.seed).resize((self.width, self.height))
+
+
+@dataclass(frozen=True)
+class Video:
+    frames: int
+    seed: int = 0
+
+    modality = "video"
+
+    def content(self) -> tuple[np.ndarray, dict[str, Any]]:
+        frames = [drawing(self.seed + i).resize((64, 64)) for i in range(self.frames)]
+        metadata = {
+            "fps": 2.0,
+            "total_num_frames": self.frames,
+            "duration": self.frames / 2,
+            "frames_indices": list(range(self.frames)),
+            "video_backend": "opencv",
+            "do_sample_frames": False,
+        }
+        return np.stack([np.asarray(frame) for frame in frames]), metadata
+
+
+@dataclass(frozen=True)
+class Audio:
+    milliseconds: int
+    seed: int = 0
+
+    modality = "audio"
+
+    def content(self) -> tuple[np.ndarray, int]:
+        samples = self.milliseconds * SAMPLE_RATE // 1000
+        noise = np.random.default_rng(self.seed).normal(0, 0.1, samples)
+        return noise.astype(np.float32), SAMPLE_RATE
+
+
+@dataclass(frozen=True)
+class Request:
+    parts: tuple[Text | Picture | Video | Audio, ...]
+    max_tokens: int = 1
+    closed: bool = True
+    """Whether the last part, if it is no text, has its end mark: without it, the prompt's
+    last token is one of an image's."""
+    joins_after: int = field(default=0, compare=False)
+    """Engine steps between the request before and this one."""
+
+    def prompt(self, tokenizer: Any) -> dict[str, Any]:
+        """As vLLM takes it: token ids with placeholders, and what they stand for."""
+        ids: list[int] = []
+        data: dict[str, list[Any]] = {}
+        for part in self.parts:
+            if isinstance(part, Text):
+                ids += part.ids()
+            else:
+                ids += tokenizer.convert_tokens_to_ids(list(MARKS[part.modality]))
+                data.setdefault(part.modality, []).append(part.content())
+        if not self.closed and not isinstance(self.parts[-1], Text):
+            ids.pop()
+        # The same content always gives the same hash, or the cache of prefixes never hits.
+        uuids = {
+            modality: [
+                str(zlib.crc32(repr(part).encode()))
+                for part in self.parts
+                if not isinstance(part, Text) and part.modality == modality
+            ]
+            for modality in data
+        }
+        prompt: dict[str, Any] = {"prompt_token_ids": ids}
+        return prompt | ({"multi_modal_data": data, "multi_modal_uuids": uuids} if data else {})
+
+
+def streams(modalities: tuple[str, ...], max_size: int = 12) -> st.SearchStrategy[list[Request]]:
+    """Streams of up to `max_size` requests. Some repeat an earlier one, from its start."""
+    seeds = st.integers(0, 3)
+    text = st.builds(Text, st.integers(1, 40), seeds)
+    picture = st.builds(Picture, st.integers(40, 256), st.integers(40, 256), seeds)
+    kinds = {
+        "image": st.lists(picture, min_size=1, max_size=LIMITS["image"]),
+        "video": st.lists(st.builds(Video, st.sampled_from([2, 4]), seeds), min_size=1, max_size=1),
+        "audio": st.lists(
+            st.builds(Audio, st.integers(200, 2000), seeds), min_size=1, max_size=1
+        ),
+    }
+
+    @st.composite
+    def request(draw: st.DrawFn) -> Request:
+        parts: list[Any] = [draw(text)]
+        chosen = draw(st.lists(st.sampled_from(["image", "image", *modalities]), max_size=2))
+        for modality in dict.fromkeys(chosen):
+            for part in draw(kinds[modality]):
+                parts.insert(draw(st.integers(0, len(parts))), part)
+        if len(parts) > 1 and draw(st.booleans()):
+            parts.append(draw(text))
+        return Request(
+            tuple(parts),
+            max_tokens=draw(st.integers(1, 10)),
+            closed=not isinstance(parts[-1], Picture) or draw(st.booleans()),
+            joins_after=draw(st.integers(0, 6)),
+        )
+
+    @st.composite
+    def stream(draw: st.DrawFn) -> list[Request]:
+        requests = draw(st.lists(request(), min_size=1, max_size=max_size))
+        for repeated in draw(st.lists(st.sampled_from(requests), max_size=max_size // 3)):
+            requests.append(repeated)
+        return requests
+
+    return stream()
