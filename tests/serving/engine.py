@@ -76,12 +76,10 @@ def main(connection: Connection, options: list[str]) -> None:
 
     from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.utils import torch_utils
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     if not torch.cuda.is_available():
-        # Omni's audio tower pins memory, for which a CUDA build of PyTorch wants a driver.
-        torch_utils.async_tensor_h2d.__defaults__ = (False,)
+        options = [*options, "--worker-extension-cls", "tests.serving.unpinned.Unpinned"]
     arguments = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(options)
     llm = LLM(**vars(arguments))
     connection.send(True)

@@ -76,7 +76,9 @@ class Soak:
 
         Raises:
             DifferenceError: a request differs; the notes have the shrunk stream and the seed.
+        ParityError: an engine died; the notes have the stream.
         """
+        died: list[ParityError] = []  # what Hypothesis must not take for a failure to shrink
         with tqdm(total=count, unit="request", disable=None) as bar:
 
             @hypothesis.seed(seed)
@@ -89,15 +91,22 @@ class Soak:
             )
             @hypothesis.given(streams(modalities))
             def serve(stream: list[Request]) -> None:
-                if self.requests < count or self.first_failure:
+                if died or (self.requests >= count and not self.first_failure):
+                    return
+                try:
                     self.check(stream)
-                    bar.update(len(stream))
+                except ParityError as error:
+                    error.add_note(f"while it served, with --seed {seed}: {stream}")
+                    died.append(error)
+                bar.update(len(stream))
 
             try:
                 serve()
             except DifferenceError as error:
                 error.add_note(f"found by --seed {seed}, after {self.first_failure} requests")
                 raise
+        if died:
+            raise died[0]
 
 
 def modalities(model: Path) -> tuple[str, ...]:
@@ -151,7 +160,8 @@ def main() -> int:
         soak = Soak(*engines, args.tolerance or TOLERANCE[args.dtype])
         soak.run(modalities(args.model), args.num_requests, args.seed)
     except ParityError as error:
-        print(f"error: {error}\nlogs: {folder}", file=sys.stderr)
+        notes = getattr(error, "__notes__", [])
+        print("\n".join([f"error: {error}", *notes, f"logs: {folder}"]), file=sys.stderr)
         return 2
     except DifferenceError as error:
         print("\n".join([str(error), *error.__notes__]))

@@ -133,7 +133,9 @@ def streams(modalities: tuple[str, ...], max_size: int = 12) -> st.SearchStrateg
         for modality in dict.fromkeys(chosen):
             for part in draw(kinds[modality]):
                 parts.insert(draw(st.integers(0, len(parts))), part)
-        if len(parts) > 1 and draw(st.booleans()):
+        # vLLM up to 0.31.0 counts Qwen3-Omni's positions one short after an image, video or
+        # audio: a prompt that ends there ends the engine, eager or compiled.
+        if "audio" in modalities or draw(st.booleans()):
             parts.append(draw(text))
         return Request(
             tuple(parts),

@@ -1,0 +1,13 @@
+"""Omni's audio tower on a machine without a GPU.
+
+It pins memory, for which a CUDA build of PyTorch wants a driver. vLLM imports this module in
+its worker processes: `--worker-extension-cls tests.serving.unpinned.Unpinned`.
+"""
+
+from vllm.utils import torch_utils
+
+torch_utils.async_tensor_h2d.__defaults__ = (False,)
+
+
+class Unpinned:
+    """Adds nothing to the worker."""
