@@ -17,7 +17,6 @@ PR43617 = releases.ROOT / "tests" / "pr43617"
 settings.register_profile("unshrunk", phases=[Phase.generate])
 
 
-
 def pytest_addoption(parser):
     parser.addoption(
         "--bites",
@@ -38,6 +37,28 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.xfail(strict=True))
         config.hook.pytest_deselected(items=[item for item in items if item not in bite])
         items[:] = [item for item in items if item in bite]
+
+
+def missing_gpus(item) -> int:
+    """How many GPUs more than there are a test needs."""
+    import torch
+
+    marker = item.get_closest_marker("gpu")
+    return max(0, (marker.args or (1,))[0] - torch.cuda.device_count()) if marker else 0
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and (missing := missing_gpus(item)):
+        pytest.skip(f"needs {missing} CUDA GPU(s) more than there are")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> dict[str, Path]:
+    """The tiny checkpoints, by name."""
+    from tests import tiny_models
+
+    root = tmp_path_factory.mktemp("models")
+    return {name: make(root / name) for name, make in tiny_models.MODELS.items()}
 
 
 @pytest.fixture(scope="session")

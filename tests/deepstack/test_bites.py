@@ -50,5 +50,6 @@ def test_broken_variants_break_the_contract(variant, fail, stock_tree, unpacked,
 
 def test_contract_holds_on_the_first_release_too(unpacked, tmp_path):
     """D10, which later releases do not have, with all else."""
-    done = run_tests(patched(unpacked("0.20.1"), tmp_path))
+    later = "test_omni_vision_encoder_has_sequence_lengths_on_its_own_device"  # D8: from 0.22.0
+    done = run_tests(patched(unpacked("0.20.1"), tmp_path), "-k", f"not {later}")
     assert done.returncode == 0, done.stdout

@@ -149,9 +149,7 @@ def test_payload_of_another_shape_is_an_error(cls, shape):
     assert read(model, ROWS).eq(0).all()
 
 
-@pytest.mark.parametrize(
-    "buffers", [None, "empty", pytest.param("meta", marks=bites("pr43617"))]
-)
+@pytest.mark.parametrize("buffers", [None, "empty", pytest.param("meta", marks=bites("pr43617"))])
 def test_no_vision_tower(cls, buffers):
     """D3: no buffers, no levels, or buffers of a tower that vLLM does not load."""
     model = make(cls, device="meta" if buffers == "meta" else None)

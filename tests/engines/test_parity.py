@@ -31,14 +31,6 @@ LIMITS = {"qwen3_vl": {"image": 2, "video": 0}, "qwen3_omni": {"image": 2, "vide
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory):
-    from tests import tiny_models
-
-    root = tmp_path_factory.mktemp("models")
-    return {name: tiny_models.MODELS[name](root / name) for name in MODELS}
-
-
-@pytest.fixture(scope="session")
 def samples(tmp_path_factory) -> Path:
     """Four image prompts, one of them with two images and one raw, and a text prompt."""
     folder = tmp_path_factory.mktemp("samples")

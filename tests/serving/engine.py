@@ -1,6 +1,6 @@
 """A vLLM engine in a process of its own, that serves streams of requests.
 
-    python -m tests.serving.engine CONNECTION VLLM_OPTION…    (started by `Engine`)
+python -m tests.serving.engine CONNECTION VLLM_OPTION…    (started by `Engine`)
 """
 
 from __future__ import annotations

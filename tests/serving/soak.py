@@ -118,7 +118,7 @@ def oracle_options(model: Path, dtype: str) -> list[str]:
     limits = {modality: LIMITS[modality] for modality in modalities(model)}
     return [
         *("--model", str(model), "--dtype", dtype, "--max-model-len", str(MAX_MODEL_LEN)),
-        *("--limit-mm-per-prompt", json.dumps(limits), "--max-num-seqs", "8"),
+        *("--limit-mm-per-prompt", json.dumps(limits), "--max-num-seqs", "32"),
         *("--enforce-eager", "--no-enable-prefix-caching"),
     ]
 
@@ -141,23 +141,27 @@ def main() -> int:
     parser.add_argument("--num-requests", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vllm", type=Path, help="test the vLLM in this folder")
+    for name in ("--gpu-memory-utilization", "--kv-cache-memory-bytes"):
+        parser.add_argument(name, help="of each of the two engines")
+    parser.set_defaults(gpu_memory_utilization="0.4")  # of a CPU's memory, too
     args, options = parser.parse_known_args()
     if not (args.model / "config.json").is_file():
         parser.error(f"--model {args.model}: no config.json there")
-    if not any(option.startswith("--gpu-memory-util") for option in options):
-        options += ["--gpu-memory-utilization", "0.4"]  # of a CPU's memory, too
+    memory = ["--gpu-memory-utilization", args.gpu_memory_utilization]
+    if args.kv_cache_memory_bytes:
+        memory += ["--kv-cache-memory-bytes", args.kv_cache_memory_bytes]
     folder = Path(tempfile.mkdtemp(prefix="soak."))
-    engines = []
+    engines: list[Engine] = []
     try:
         for name, core, options_, tree in (
             ("served", 0, served_options(args.model, args.dtype, *options), args.vllm),
             ("oracle", 1, oracle_options(args.model, args.dtype), None),
         ):
             bind = ",".join(map(str, shared_cores(2)[core])) or "auto"
-            engines.append(
-                Engine(name, options_, folder, tree, VLLM_CPU_OMP_THREADS_BIND=bind)
-            )
-        soak = Soak(*engines, args.tolerance or TOLERANCE[args.dtype])
+            env = {"VLLM_CPU_OMP_THREADS_BIND": bind, "VLLM_CACHE_ROOT": str(folder / "cache")}
+            engines.append(Engine(name, [*options_, *memory], folder, tree, **env))
+        served, oracle = engines
+        soak = Soak(served, oracle, args.tolerance or TOLERANCE[args.dtype])
         soak.run(modalities(args.model), args.num_requests, args.seed)
     except ParityError as error:
         notes = getattr(error, "__notes__", [])

@@ -1,4 +1,4 @@
-"""Streams of requests, as Hypothesis draws and shrinks them, and what an engine is given for one."""
+"""Streams of requests, as Hypothesis draws and shrinks them, and the prompts they stand for."""
 
 from __future__ import annotations
 
@@ -118,12 +118,10 @@ def streams(modalities: tuple[str, ...], max_size: int = 12) -> st.SearchStrateg
     seeds = st.integers(0, 3)
     text = st.builds(Text, st.integers(1, 40), seeds)
     picture = st.builds(Picture, st.integers(40, 256), st.integers(40, 256), seeds)
-    kinds = {
+    kinds: dict[str, st.SearchStrategy[list[Any]]] = {
         "image": st.lists(picture, min_size=1, max_size=LIMITS["image"]),
         "video": st.lists(st.builds(Video, st.sampled_from([2, 4]), seeds), min_size=1, max_size=1),
-        "audio": st.lists(
-            st.builds(Audio, st.integers(200, 2000), seeds), min_size=1, max_size=1
-        ),
+        "audio": st.lists(st.builds(Audio, st.integers(200, 2000), seeds), min_size=1, max_size=1),
     }
 
     @st.composite
