@@ -103,7 +103,6 @@ def test_buffers_follow_the_decoder_to_the_gpu(module, one_process):
 @bites("stock", "pr43617")
 def test_micro_batches_overlap(model):
     """D9, in vLLM's own threads, contexts and streams; each yields before it reads."""
-    from vllm.forward_context import ForwardContext
     from vllm.v1.worker import ubatching
 
     stream = torch.cuda.current_stream()
@@ -111,7 +110,7 @@ def test_micro_batches_overlap(model):
         num_micro_batches=2,
         compute_stream=stream,
         comm_stream=torch.cuda.Stream(),
-        forward_contexts=[ForwardContext.__new__(ForwardContext) for _ in range(2)],
+        forward_contexts=[object(), object()],  # nothing here looks into them
         ready_barrier=threading.Barrier(3),
     )
     seen = {}

@@ -19,9 +19,11 @@ MEMORY = ["--gpu-memory-utilization", "0.3"]  # of a CPU's memory, too
 CORES = [str(core) for core in sorted(os.sched_getaffinity(0))[:2]]
 CACHED = ["--enable-prefix-caching", "--block-size", "32"]
 SHARDED = {
-    "tensor parallel": ["--tensor-parallel-size", "2", "--max-num-batched-tokens", "128"],
-    "pipeline parallel": ["--pipeline-parallel-size", "2", "--max-num-batched-tokens", "128"],
+    "tensor": ["--tensor-parallel-size", "2", "--max-num-batched-tokens", "128"],
+    "pipeline": ["--pipeline-parallel-size", "2", "--max-num-batched-tokens", "128"],
 }
+# Upstream wants all DeepStack levels before the cut.
+CUT = {"tensor": {}, "pipeline": {"VLLM_PP_LAYER_PARTITION": "3,1"}}
 
 
 @pytest.fixture(scope="module", params=["qwen3_vl", "qwen3_omni"])
@@ -79,8 +81,7 @@ def test_soak(soak, model):
 @pytest.mark.parametrize("kind", SHARDED)
 def test_sharded(soak, model, kind):
     """Against one engine that is neither sharded nor compiled."""
-    # Upstream wants all DeepStack levels before the cut.
-    checked = soak(*SHARDED[kind], cores="|".join(CORES), VLLM_PP_LAYER_PARTITION="3,1")
+    checked = soak(*SHARDED[kind], cores="|".join(CORES), **CUT[kind])
     checked.run(modalities(model), 25, seed=1)
     assert checked.compared > 75
 
@@ -101,12 +102,8 @@ def test_soak_finds_what_the_stock_release_loses(soak, model, stock_tree):
 @pytest.mark.parametrize("model", ["qwen3_vl"], indirect=True)
 def test_stock_release_does_not_start_with_pipeline_parallelism(soak, stock_tree):
     """D11."""
-    checked = soak(
-        *SHARDED["pipeline parallel"],
-        tree=stock_tree,
-        cores="|".join(CORES),
-        VLLM_PP_LAYER_PARTITION="3,1",
-    )
+    options, cores = SHARDED["pipeline"], "|".join(CORES)
+    checked = soak(*options, tree=stock_tree, cores=cores, **CUT["pipeline"])
     with pytest.raises(ParityError, match="No model architectures are specified"):
         checked.served.serve([])
 

@@ -64,14 +64,16 @@ def fleet(request, models, tmp_path_factory):
         else:
             options = served_options(models[model], DTYPE, *KINDS[kind])
         folder = tmp_path_factory.mktemp("logs")
+        # Upstream wants all DeepStack levels before the cut.
+        cut = {"VLLM_PP_LAYER_PARTITION": "3,1"} if kind == "pipeline parallel" else {}
         engines[model, kind] = Engine(
             f"{model}-{kind.replace(' ', '-')}",
             [*options, *MEMORY],
             folder,
             HF_HUB_OFFLINE="1",
             VLLM_CACHE_ROOT=str(folder / "cache"),  # they compile side by side
-            VLLM_PP_LAYER_PARTITION="3,1",  # upstream wants all DeepStack levels before the cut
             VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # `apply_model`
+            **cut,
         )
     yield engines
     for engine in engines.values():

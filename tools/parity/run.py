@@ -24,6 +24,7 @@ from .compare import Run
 from .engine import STAGE
 from .samples import Sample
 
+LOG_PREFIX = re.compile(r"^.*?\.py:\d+\] ")
 EXCEPTION = re.compile(r"(?:^|\] )((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)")
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -92,7 +93,8 @@ class Job:
         lines = self.lines()
         for number, line in enumerate(lines):
             if match := EXCEPTION.search(line):
-                rest = takewhile(lambda more: more.startswith("  "), lines[number + 1 : number + 5])
+                after = [LOG_PREFIX.sub("", more) for more in lines[number + 1 : number + 5]]
+                rest = takewhile(lambda more: more.startswith("  "), after)
                 found["\n".join([match[1], *rest])] = None
         return "\n".join(found) or "\n".join(lines[-10:])
 
