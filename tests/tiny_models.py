@@ -153,9 +153,10 @@ def qwen3_vl(out: Path, seed: int = 0) -> Path:
 def qwen3_omni(out: Path, seed: int = 0) -> Path:
     """The thinker, in a checkpoint of the whole model's layout."""
     tokenizer = make_tokenizer()
+    # Each token goes to all experts: a choice of some would turn a rounding error into a jump.
     experts = {
         "num_experts": 4,
-        "num_experts_per_tok": 2,
+        "num_experts_per_tok": 4,
         "moe_intermediate_size": HIDDEN // 2,
         "decoder_sparse_step": 1,
         "norm_topk_prob": True,

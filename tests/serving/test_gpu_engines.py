@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from tests.conftest import missing_gpus
 from tools.parity.compare import TOLERANCE
@@ -153,11 +154,13 @@ def test_graphs_read_what_is_staged_after_growing(soak):
     soak.check([Request((Text(4), Picture(64, 64), Text(2)), max_tokens=4), IMAGE, TEXT])
 
 
+@torch.inference_mode()
 def mark_buffers(model) -> None:
     for buffer in model.deepstack_input_embeds:
-        buffer.fill_(3.0)
+        buffer.fill_(3)
 
 
+@torch.inference_mode()
 def unmark_buffers(model) -> list[float]:
     """The least of each buffer."""
     least = [buffer.min().item() for buffer in model.deepstack_input_embeds]
