@@ -40,18 +40,28 @@ class Engine:
         self.connection, theirs = multiprocessing.Pipe()
         self.job.start(str(theirs.fileno()), pass_fds=(theirs.fileno(),))
         theirs.close()
-        self.ready = False
+        self.started: int | None = None
+
+    def budget(self) -> int:
+        """The most tokens of a step: `max_num_batched_tokens`."""
+        try:
+            self.started = self.started or self.connection.recv()
+            return self.started
+        except (EOFError, ConnectionError):
+            raise self._death() from None
 
     def _ask(self, question: Any) -> Any:
+        self.budget()
         try:
-            if not self.ready:
-                self.ready = self.connection.recv()
             self.connection.send(question)
             return self.connection.recv()
         except (EOFError, ConnectionError):
-            assert self.job.process
-            self.job.process.wait()
-            raise ParityError(f"{self.job.name} died:\n{self.job.error()}") from None
+            raise self._death() from None
+
+    def _death(self) -> ParityError:
+        assert self.job.process
+        self.job.process.wait()
+        return ParityError(f"{self.job.name} died:\n{self.job.error()}")
 
     def serve(self, stream: list[Request]) -> list[Run]:
         """What each request got, served together as they join."""
@@ -82,7 +92,7 @@ def main(connection: Connection, options: list[str]) -> None:
         options = [*options, "--worker-extension-cls", "tests.serving.unpinned.Unpinned"]
     arguments = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(options)
     llm = LLM(**vars(arguments))
-    connection.send(True)
+    connection.send(llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens)
     while True:
         try:
             question = connection.recv()

@@ -78,6 +78,7 @@ class Soak:
             DifferenceError: a request differs; the notes have the shrunk stream and the seed.
         ParityError: an engine died; the notes have the stream.
         """
+        budget = self.served.budget()
         died: list[ParityError] = []  # what Hypothesis must not take for a failure to shrink
         with tqdm(total=count, unit="request", disable=None) as bar:
 
@@ -89,7 +90,7 @@ class Soak:
                 phases=[Phase.generate, Phase.shrink],
                 suppress_health_check=list(HealthCheck),
             )
-            @hypothesis.given(streams(modalities))
+            @hypothesis.given(streams(modalities, budget))
             def serve(stream: list[Request]) -> None:
                 if died or (self.requests >= count and not self.first_failure):
                     return

@@ -41,6 +41,10 @@ class Picture:
 
     modality = "image"
 
+    def tokens(self) -> int:
+        """With a processor that neither enlarges nor shrinks it."""
+        return round(self.width / 32) * round(self.height / 32)
+
     def content(self) -> Image.Image:
         return drawing(self.seed).resize((self.width, self.height))
 
@@ -113,11 +117,17 @@ class Request:
         return prompt | ({"multi_modal_data": data, "multi_modal_uuids": uuids} if data else {})
 
 
-def streams(modalities: tuple[str, ...], max_size: int = 12) -> st.SearchStrategy[list[Request]]:
-    """Streams of up to `max_size` requests. Some repeat an earlier one, from its start."""
+def streams(
+    modalities: tuple[str, ...], budget: int, max_size: int = 12
+) -> st.SearchStrategy[list[Request]]:
+    """Streams of up to `max_size` requests. Some repeat an earlier one, from its start.
+
+    Where steps take `budget` tokens, some prompts that end in an image leave its last token
+    for a step of its own.
+    """
     seeds = st.integers(0, 3)
     text = st.builds(Text, st.integers(1, 40), seeds)
-    picture = st.builds(Picture, st.integers(40, 256), st.integers(40, 256), seeds)
+    picture = st.builds(Picture, st.integers(48, 256), st.integers(48, 256), seeds)
     kinds: dict[str, st.SearchStrategy[list[Any]]] = {
         "image": st.lists(picture, min_size=1, max_size=LIMITS["image"]),
         "video": st.lists(st.builds(Video, st.sampled_from([2, 4]), seeds), min_size=1, max_size=1),
@@ -135,10 +145,15 @@ def streams(modalities: tuple[str, ...], max_size: int = 12) -> st.SearchStrateg
         # audio: a prompt that ends there ends the engine, eager or compiled.
         if "audio" in modalities or draw(st.booleans()):
             parts.append(draw(text))
+        closed = not isinstance(parts[-1], Picture) or draw(st.booleans())
+        if not closed and "video" not in chosen and budget <= 128 and draw(st.booleans()):
+            length = sum(p.tokens if isinstance(p, Text) else p.tokens() + 2 for p in parts) - 1
+            first = next(i for i, part in enumerate(parts) if isinstance(part, Text))
+            parts[first] = Text(parts[first].tokens + (1 - length) % budget, parts[first].seed)
         return Request(
             tuple(parts),
             max_tokens=draw(st.integers(1, 10)),
-            closed=not isinstance(parts[-1], Picture) or draw(st.booleans()),
+            closed=closed,
             joins_after=draw(st.integers(0, 6)),
         )
 

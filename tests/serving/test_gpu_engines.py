@@ -95,15 +95,17 @@ def soak(request, fleet, served):
 
 
 def on(kind, *variants, models=MODELS):
-    """Parametrizes a test with a kind's engines. It bites on `variants` with Qwen3-VL: with
-    Qwen3-Omni, vLLM 0.22.1 does not start on a Hopper (D8)."""
+    """Parametrizes a test with a kind's engines. It bites on `variants` with Qwen3-VL; with
+    Qwen3-Omni, vLLM 0.22.1 does not start on a Hopper: with images, for D8, and without,
+    once #43617 is in, for D3."""
+    omni = ("pr43617",) if kind == "no vision" else ("stock", "pr43617")
     return pytest.mark.parametrize(
         "served",
         [
             pytest.param(
                 (model, kind),
                 id=model,
-                marks=bites(*(variants if model == "qwen3_vl" else ("stock", "pr43617"))),
+                marks=bites(*(variants if model == "qwen3_vl" else omni)),
             )
             for model in models
         ],
@@ -129,11 +131,7 @@ def test_image_token_alone_in_a_step(soak):
     soak.check([image_last, TEXT])
 
 
-@pytest.mark.parametrize(
-    "served",
-    [pytest.param((model, "no vision"), id=model, marks=bites("pr43617")) for model in MODELS],
-    indirect=True,
-)
+@on("no vision")
 def test_engine_without_vision_tower(soak, request):
     """D3: text-only Qwen3-VL, audio-only Qwen3-Omni."""
     soak.check([TEXT])
