@@ -143,17 +143,24 @@ def streams(
                 parts.insert(draw(st.integers(0, len(parts))), part)
         # vLLM up to 0.31.0 counts Qwen3-Omni's positions one short after an image, video or
         # audio: a prompt that ends there ends the engine, eager or compiled.
-        if "audio" in modalities or draw(st.booleans()):
+        endings = ["text"] if "audio" in modalities else ["text", "mark", "image"]
+        ending = draw(st.sampled_from(endings))
+        if ending == "text":
             parts.append(draw(text))
-        closed = not isinstance(parts[-1], Picture) or draw(st.booleans())
-        if not closed and "video" not in chosen and budget <= 128 and draw(st.booleans()):
-            length = sum(p.tokens if isinstance(p, Text) else p.tokens() + 2 for p in parts) - 1
-            first = next(i for i, part in enumerate(parts) if isinstance(part, Text))
-            parts[first] = Text(parts[first].tokens + (1 - length) % budget, parts[first].seed)
+        elif ending == "image":
+            last = next((part for part in parts if isinstance(part, Picture)), None)
+            if last:
+                parts.remove(last)
+            parts.append(last or draw(picture))
+            if "video" not in chosen and budget <= 128 and draw(st.booleans()):
+                length = sum(p.tokens if isinstance(p, Text) else p.tokens() + 2 for p in parts) - 1
+                first = next(i for i, part in enumerate(parts) if isinstance(part, Text))
+                missing = (1 - length) % budget
+                parts[first] = Text(parts[first].tokens + missing, parts[first].seed)
         return Request(
             tuple(parts),
             max_tokens=draw(st.integers(1, 10)),
-            closed=closed,
+            closed=ending != "image",
             joins_after=draw(st.integers(0, 6)),
         )
 
