@@ -138,3 +138,21 @@ def test_omni_vision_encoder_has_sequence_lengths_on_its_own_device():
     encoder.forward(torch.ones(8, LEVELS), torch.tensor([[1, 2, 2], [1, 2, 2]]))
     assert seen["cu_seqlens"].device.type == "meta"
     assert seen["cu_seqlens"].shape == (3,)
+
+
+@pytest.mark.parametrize(
+    "module, name, decoder",
+    [
+        ("qwen3_vl", "Qwen3VLForConditionalGeneration", "Qwen3ForCausalLM"),
+        ("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration", "Qwen3MoeForCausalLM"),
+    ],
+)
+@pytest.mark.parametrize("own", [pytest.param(None, marks=everywhere), ["OwnForCausalLM"]])
+def test_decoder_has_an_architecture(module, name, decoder, own):
+    """D11: pipeline parallelism looks the decoder's class up by it."""
+    text_config = SimpleNamespace(architectures=own)
+    config = SimpleNamespace(hf_config=SimpleNamespace(text_config=text_config))
+    cls = getattr(import_module(f"vllm.model_executor.models.{module}"), name)
+    with pytest.raises(AttributeError, match="quant_config"):  # the next that upstream asks for
+        cls.__init__(cls.__new__(cls), vllm_config=SimpleNamespace(model_config=config))
+    assert text_config.architectures == (own or [decoder])
