@@ -22,7 +22,7 @@ ROOT = releases.ROOT
 RELEASE = releases.default()
 CHANGED = {
     f"vllm/model_executor/models/{name}.py"
-    for name in ("deepstack", "qwen3_vl", "qwen3_omni_moe_thinker")
+    for name in ("deepstack", "qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe_thinker")
 }
 
 
