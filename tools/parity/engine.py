@@ -17,15 +17,12 @@ STAGE = "[parity] "
 
 
 def main(job: str, result: str, options: list[str]) -> None:
-    from vllm import LLM, SamplingParams, __version__
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from vllm import SamplingParams
 
     spec = json.loads(Path(job).read_text())
     samples = [Sample(**sample) for sample in spec["samples"]]
-    arguments = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(options)
     print(f"{STAGE}starting the engine", flush=True)
-    llm = LLM(**vars(arguments))
+    llm = make_engine(options)
     config = llm.llm_engine.vllm_config.model_config
     if spec["builtin"] and not config.is_multimodal_model:
         samples = [Sample(s.messages, s.prompt) for s in samples]
@@ -47,11 +44,26 @@ def main(job: str, result: str, options: list[str]) -> None:
         arrays[f"image_tokens_{i}"] = np.array(output.prompt_token_ids.count(image_token))
         arrays[f"tokens_{i}"] = np.array(output.outputs[0].token_ids)
         arrays[f"logits_{i}"] = logits(output.outputs[0].logprobs, config.get_vocab_size())
-    name = __version__
-    if "deepstack" not in name and find_spec("vllm.model_executor.models.deepstack"):
-        name += " with the overlay"  # patched in place, it keeps its release's version
-    meta = {"vllm": name, "dtype": str(config.dtype).removeprefix("torch.")}
+    meta = {"vllm": vllm_name(), "dtype": str(config.dtype).removeprefix("torch.")}
     np.savez(result, meta=np.array(json.dumps(meta)), **arrays)
+
+
+def make_engine(options: list[str]) -> Any:
+    """An engine with the options of `vllm serve`."""
+    from vllm import LLM
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    return LLM(**vars(EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(options)))
+
+
+def vllm_name() -> str:
+    """The version of the vLLM that is imported; of a patched one, with a word that it is."""
+    from vllm import __version__
+
+    if "deepstack" not in __version__ and find_spec("vllm.model_executor.models.deepstack"):
+        return f"{__version__} with the overlay"  # in place, it keeps its release's version
+    return __version__
 
 
 def generate(llm: Any, samples: list[Sample], sampling: Any) -> list[Any]:

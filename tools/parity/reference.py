@@ -46,7 +46,7 @@ def main(job: str, result: str, model_path: str, dtype: str) -> None:
     np.savez(result, meta=np.array(meta), **arrays)
 
 
-def load(path: str, dtype: torch.dtype) -> Any:
+def load(path: str, dtype: torch.dtype | str) -> Any:
     """The model with a head for text; of a Qwen3-Omni checkpoint, the thinker."""
     config = AutoConfig.from_pretrained(path)
     if config.model_type == "qwen3_omni_moe":

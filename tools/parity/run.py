@@ -44,11 +44,17 @@ class Job:
     """A worker process with its log."""
 
     def __init__(
-        self, name: str, module: str, arguments: list[str], env: dict[str, str], folder: Path
+        self,
+        name: str,
+        module: str,
+        arguments: list[str],
+        env: dict[str, str],
+        folder: Path,
+        suffix: str = ".npz",
     ):
         self.name, self.module, self.arguments, self.env = name, module, arguments, env
         self.log = folder / f"{name}.log"
-        self.result = folder / f"{name}.npz"
+        self.result = folder / f"{name}{suffix}"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, spec: str | Path, pass_fds: tuple[int, ...] = ()) -> None:
@@ -111,22 +117,31 @@ class Job:
 
 
 def engine_job(
-    name: str, tree: Path | None, options: list[str], folder: Path, cores: list[int]
+    name: str,
+    tree: Path | None,
+    options: list[str],
+    folder: Path,
+    cores: list[int],
+    module: str = "tools.parity.engine",
+    suffix: str = ".npz",
 ) -> Job:
     """An engine of the installed vLLM, or of the one in `tree`; on `cores` if there are any."""
-    env = dict(os.environ)
-    paths = [str(tree.resolve())] if tree else []
-    env["PYTHONPATH"] = os.pathsep.join([*paths, str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
+    env = import_path(tree)
     env.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # a process less to import vLLM in
     if cores:
         env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
-    return Job(name, "tools.parity.engine", options, env, folder)
+    return Job(name, module, options, env, folder, suffix)
 
 
 def reference_job(model: str, dtype: str, folder: Path) -> Job:
-    env = dict(os.environ)
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
-    return Job("transformers", "tools.parity.reference", [model, dtype], env, folder)
+    return Job("transformers", "tools.parity.reference", [model, dtype], import_path(), folder)
+
+
+def import_path(tree: Path | None = None) -> dict[str, str]:
+    """The environment in which a worker finds the project, and the vLLM in `tree` before others."""
+    paths = [str(tree.resolve())] if tree else []
+    paths += [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 def write_spec(samples: list[Sample], builtin: bool, max_tokens: int, folder: Path) -> Path:

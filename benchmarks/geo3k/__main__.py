@@ -1,0 +1,156 @@
+"""Accuracy on Geo3K: greedy answers, graded by their box.
+
+On vLLM's engines, eager and compiled, one after the other; options that are not listed here
+go to them, under vLLM's names. Or on endpoints, with --base-url. An interrupted evaluation
+goes on where it was when it is called again.
+
+Exit code: 0, or 2 if the evaluation could not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.machine import machine
+from tools.parity import ParityError
+
+from . import INSTRUCTION, Geo3kError
+from .data import GEO3K, load
+from .report import plot, report, show
+from .runs import SERVED, Run, claim, execute, fingerprint, job_of, prepare
+
+OWN = ("--enforce-eager", "--no-enforce-eager")
+
+
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.geo3k",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--model",
+        help="a checkpoint's folder or its name on the hub; with --base-url the name under "
+        "which it is served (default: the only one that is)",
+    )
+    parser.add_argument(
+        "--dataset",
+        default=GEO3K,
+        help=f"a name on the hub or a folder of parquet files (default: {GEO3K})",
+    )
+    parser.add_argument("--split", default="test", help="default: test")
+    parser.add_argument("--num-samples", type=int, metavar="N", help="the first N questions")
+    parser.add_argument("--max-tokens", type=int, default=2048, help="a response (default: 2048)")
+    parser.add_argument("--dtype", default="auto", help="as vLLM has it (default: auto)")
+    parser.add_argument(
+        "--runs",
+        nargs="+",
+        metavar="RUN",
+        help="eager, compiled, transformers; eager@TREE and compiled@TREE: of another vLLM, in a "
+        "folder that contains vllm/ (default: eager compiled; none with --base-url)",
+    )
+    parser.add_argument(
+        "--base-url",
+        nargs="+",
+        default=[],
+        metavar="URL",
+        help="endpoints that serve the model, such as http://localhost:8000/v1; they share the "
+        "questions (OPENAI_API_KEY: their key)",
+    )
+    parser.add_argument(
+        "--concurrency",
+        type=int,
+        default=64,
+        help="requests in flight, over all endpoints (default: 64)",
+    )
+    parser.add_argument(
+        "--blank-images",
+        action="store_true",
+        help="white images in place of the questions': what is answered without looking",
+    )
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path("geo3k-results"),
+        help="answers, report.json, accuracy.png and logs (default: geo3k-results)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="forget what it has")
+    args, options = parser.parse_known_args(arguments)
+    for option in options:
+        if option.split("=")[0] in OWN:
+            parser.error(f"{option}: --runs eager and --runs compiled set this")
+    if args.base_url and options:
+        parser.error(f"{options[0]}: endpoints have been given their options")
+    for name in ("num_samples", "max_tokens", "concurrency"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.runs is None:
+        args.runs = [] if args.base_url else ["eager", "compiled"]
+    if args.runs and not args.model:
+        parser.error("--model is required")
+    return args, options
+
+
+def evaluate(args: argparse.Namespace, options: list[str], console: Console) -> dict[str, Any]:
+    runs = [Run.parse(text) for text in args.runs]
+    if args.base_url:
+        runs.append(Run(SERVED, SERVED))
+    if len({run.name for run in runs}) < len(runs):
+        raise Geo3kError(f"--runs {' '.join(args.runs)}: two have the same name")
+    local = args.model and args.model.startswith(("/", "./", "../", "~"))
+    if local and not args.base_url and not Path(args.model).expanduser().is_dir():
+        raise Geo3kError(f"--model {args.model}: there is no such folder")
+    questions = load(args.dataset, args.split, args.num_samples)
+    folder = args.output_dir.resolve()
+    asked = prepare(questions, folder, args.blank_images, console)
+    settings = {
+        "model": args.model,
+        "dataset": args.dataset,
+        "split": args.split,
+        "instruction": INSTRUCTION,
+        "max_tokens": args.max_tokens,
+        "dtype": args.dtype,
+        "engine_options": options,
+        "blank_images": args.blank_images,
+        "questions_sha256": fingerprint(asked),
+    }
+    claim(folder, settings, args.overwrite)
+    serve = {"base_urls": args.base_url, "model": args.model, "concurrency": args.concurrency}
+    outcomes = execute(
+        runs,
+        asked,
+        lambda run: job_of(run, args.model, args.dtype, options, folder),
+        serve,
+        args.max_tokens,
+        folder,
+        console,
+    )
+    return report(outcomes, settings | {"machine": machine()})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args, options = parse(arguments)
+    console = Console(stderr=True)
+    try:
+        result = evaluate(args, options, console)
+    except (Geo3kError, ParityError) as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    part = args.output_dir / ".report.json"
+    part.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    os.replace(part, args.output_dir / "report.json")
+    plot(result, args.output_dir / "accuracy.png")
+    show(result, Console())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
