@@ -14,13 +14,17 @@ TINY := build/tiny/qwen3_vl
 ENGINE := --dtype float32 --max-model-len 512 --max-num-batched-tokens 512 --limit-mm-per-prompt '{"image": 2, "video": 0}'
 
 # The longest first; each folder's tests share what is costly.
-FAST := $(addprefix tests/,wheel deepstack overlay parity)
+FAST := $(addprefix tests/,wheel deepstack overlay parity geo3k)
 
-.PHONY: help wheel install parity test test-fast lint clean
+NANO := benchmarks/geo3k_nano
+GEO3K := --model $(NANO)/model --dataset $(NANO)/data --dtype float32 --max-model-len 512 --max-num-batched-tokens 2048 --limit-mm-per-prompt '{"image": 1, "video": 0}'
+
+.PHONY: help wheel install parity geo3k test test-fast lint clean
 
 help:
 	@echo 'make wheel      build the fork: a vllm wheel in dist/ (VLLM_TARGET_DEVICE=cpu|cuda)'
 	@echo 'make parity     compare compiled and eager, stock release and fork, on a tiny Qwen3-VL'
+	@echo 'make geo3k      accuracy on Geo3K-nano: Transformers, vLLM eager, stock, fork'
 	@echo 'make test       lint, and all tests that need no GPU'
 	@echo 'make test-fast  lint, and the tests that start no engine'
 
@@ -57,6 +61,10 @@ parity: install $(TINY)
 	$(PY) -m tools.parity --model $(TINY) $(ENGINE) --side-by-side --vllm $(STOCK) --json build/parity/stock.json || test $$? -eq 1
 	$(PY) -m tools.parity --model $(TINY) $(ENGINE) --side-by-side --json build/parity/fork.json || test $$? -eq 1
 	$(PY) -m tools.parity.report build/parity/stock.json build/parity/fork.json
+
+geo3k: install
+	$(PY) -m benchmarks.geo3k $(GEO3K) --runs eager transformers compiled@$(STOCK) compiled --output-dir build/geo3k/cpu
+	$(PY) -m benchmarks.geo3k $(GEO3K) --runs transformers --blank-images --output-dir build/geo3k/blank
 
 lint: $(VENV)/tools
 	$(VENV)/bin/ruff check .

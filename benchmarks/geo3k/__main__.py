@@ -110,7 +110,6 @@ def evaluate(args: argparse.Namespace, options: list[str], console: Console) -> 
         raise Geo3kError(f"--model {args.model}: there is no such folder")
     questions = load(args.dataset, args.split, args.num_samples)
     folder = args.output_dir.resolve()
-    asked = prepare(questions, folder, args.blank_images, console)
     settings = {
         "model": args.model,
         "dataset": args.dataset,
@@ -120,9 +119,10 @@ def evaluate(args: argparse.Namespace, options: list[str], console: Console) -> 
         "dtype": args.dtype,
         "engine_options": options,
         "blank_images": args.blank_images,
-        "questions_sha256": fingerprint(asked),
+        "questions_sha256": fingerprint(questions),
     }
     claim(folder, settings, args.overwrite)
+    asked = prepare(questions, folder, args.blank_images, console)
     serve = {"base_urls": args.base_url, "model": args.model, "concurrency": args.concurrency}
     outcomes = execute(
         runs,

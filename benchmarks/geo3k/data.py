@@ -14,6 +14,7 @@ from . import INSTRUCTION, Geo3kError
 
 GEO3K = "hiyouga/geometry3k"
 COLUMNS = ("images", "problem", "answer")
+IMAGES = datasets.List(datasets.Image())
 MARK = "<image>"
 
 
@@ -53,10 +54,13 @@ def load(dataset: str, split: str, count: int | None = None) -> list[Question]:
         # Without progress bars of its own: a small split takes less time than they do.
         datasets.disable_progress_bars()
         builder = datasets.load_dataset_builder(path)
-        splits = list(builder.info.splits or builder.config.data_files)
+        splits = [str(name) for name in builder.info.splits or builder.config.data_files]
         if split not in splits:
             raise Geo3kError(f"--split {split}: {dataset} has {', '.join(sorted(splits))}")
         data = datasets.load_dataset(path, split=split)
+        kind = data.features.get("images")
+        if kind == IMAGES:
+            data = data.cast_column("images", datasets.List(datasets.Image(decode=False)))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         advice = "" if local else "; without a network, give --dataset a folder of parquet files"
         raise Geo3kError(f"--dataset {dataset} cannot be loaded: {error}{advice}") from None
@@ -67,14 +71,10 @@ def load(dataset: str, split: str, count: int | None = None) -> list[Question]:
             f"--dataset {dataset}: the column {missing[0]!r} is missing from its {split} split, "
             f"which has {', '.join(data.column_names)}; Geo3K has {', '.join(COLUMNS)}"
         )
-    if not isinstance(data.features["images"], datasets.List) or not isinstance(
-        data.features["images"].feature, datasets.Image
-    ):
+    if kind != IMAGES:
         raise Geo3kError(
-            f"--dataset {dataset}: the column 'images' holds {data.features['images']}, "
-            "not lists of images"
+            f"--dataset {dataset}: the column 'images' holds {kind}, not lists of images"
         )
-    data = data.cast_column("images", datasets.List(datasets.Image(decode=False)))
     if count is not None:
         data = data.select(range(min(count, len(data))))
     where = f"{dataset}, {split} split"

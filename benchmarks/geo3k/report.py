@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -51,35 +52,50 @@ def difference(one: Outcome, other: Outcome) -> dict[str, Any]:
 
 
 def report(outcomes: list[Outcome], settings: dict[str, Any]) -> dict[str, Any]:
-    """Differences are to the first run."""
+    """Differences are to the first run; the commonest answer is the best guess without looking."""
+    ((answer, times),) = Counter(a.answer for a in outcomes[0].answers).most_common(1)
     return {
         **settings,
+        "commonest": {"answer": answer, "share": times / len(outcomes[0].answers)},
         "runs": [summary(outcome) for outcome in outcomes],
         "differences": [difference(outcomes[0], other) for other in outcomes[1:]],
     }
 
 
+def label(run: dict[str, Any]) -> str:
+    mode = run["run"].partition("@")[0]
+    return f"{run['software']}, {mode}" if mode in ("eager", "compiled") else run["software"]
+
+
+def dtypes(result: dict[str, Any]) -> str:
+    return ", ".join(dict.fromkeys(run["dtype"] or "served" for run in result["runs"]))
+
+
 def show(result: dict[str, Any], console: Console) -> None:
     console.print(
         f"{result['model']} on {result['dataset']}, {result['split']} split, "
-        f"{result['runs'][0]['questions']} questions, greedy"
+        f"{result['runs'][0]['questions']} questions, greedy, {dtypes(result)}"
         + (", blank images" if result["blank_images"] else ""),
         highlight=False,
         soft_wrap=True,
     )
     table = Table(box=None, pad_edge=False)
-    for heading in ("run", "software"):
-        table.add_column(heading, overflow="fold")
+    table.add_column("run", overflow="fold")
     first = result["runs"][0]["run"]
-    for heading in ("accuracy", "95 %", f"as {first}", "time", "tokens/s"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    for heading, width in (
+        ("accuracy", 8),
+        ("95 %", 11),
+        ("same", 6),
+        ("time", 7),
+        ("tokens/s", 8),
+    ):
+        table.add_column(heading, justify="right", min_width=width)
     same = {d["runs"][1]: d["same"] for d in result["differences"]}
     for run in result["runs"]:
         low, high = run["interval_95"]
         rate = run["tokens_per_second"]
         table.add_row(
-            run["run"],
-            run["software"] + (f", {run['dtype']}" if run["dtype"] else ""),
+            label(run),
             f"{run['accuracy']:.3f}",
             f"{low:.3f}–{high:.3f}",
             f"{same[run['run']] / run['questions']:.1%}" if run["run"] in same else "",
@@ -87,6 +103,12 @@ def show(result: dict[str, Any], console: Console) -> None:
             f"{rate:.0f}" if rate else "–",
         )
     console.print(table)
+    if len(result["runs"]) > 1:
+        console.print(f"same: boxes what {label(result['runs'][0])}, boxes")
+    if result["blank_images"]:
+        console.print(
+            f"always answering {result['commonest']['answer']}: {result['commonest']['share']:.3f}"
+        )
     for d in result["differences"]:
         if d["differ"]:
             numbers = [str(entry["number"]) for entry in d["differ"]]
@@ -113,7 +135,7 @@ def plot(result: dict[str, Any], file: Path) -> None:
     above = [run["interval_95"][1] - run["accuracy"] for run in runs]
     figure, axes = pyplot.subplots(figsize=(8, 1 + 0.55 * len(runs)), layout="constrained")
     bars = axes.barh(
-        [f"{run['software']}\n{run['run'].partition('@')[0]}" for run in runs],
+        [label(run) for run in runs],
         accuracies,
         xerr=[below, above],
         color="#4c72b0",
@@ -123,9 +145,7 @@ def plot(result: dict[str, Any], file: Path) -> None:
     axes.bar_label(bars, [f" {accuracy:.3f}" for accuracy in accuracies], padding=4)
     axes.set_xlim(0, 1.1)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
-    axes.set_xlabel(
-        f"accuracy, {runs[0]['questions']} questions, {runs[0]['dtype'] or ''} (95 % interval)"
-    )
+    axes.set_xlabel(f"accuracy, {runs[0]['questions']} questions, {dtypes(result)} (95 % interval)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=120)
     pyplot.close(figure)

@@ -60,7 +60,7 @@ class Outcome:
 
 def prepare(questions: list[Question], folder: Path, blank: bool, console: Console) -> list[Asked]:
     """Writes the images where workers find them; white ones of the same sizes if `blank`."""
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    (folder / "images").mkdir(exist_ok=True)
     asked = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
@@ -75,23 +75,23 @@ def prepare(questions: list[Question], folder: Path, blank: bool, console: Conso
     return asked
 
 
-def fingerprint(asked: list[Asked]) -> str:
-    """Of the questions and images: answers to others are not to be mixed with these."""
+def fingerprint(questions: list[Question]) -> str:
+    """Of texts and pixels: answers to other questions are not to be mixed with these."""
     digest = hashlib.sha256()
-    for one in asked:
-        for part in one.content:
-            text = part.get("text")
-            digest.update(Path(part["path"]).read_bytes() if text is None else text.encode())
-        digest.update(one.answer.encode())
+    for question in questions:
+        digest.update(f"{question.problem}\n{question.answer}\n".encode())
+        for image in question.images:
+            digest.update(image.tobytes())
     return digest.hexdigest()
 
 
 def claim(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
-    """Makes the folder one of these settings.
+    """Makes the folder, or finds it to be, one of these settings.
 
     Raises:
         Geo3kError: it has answers that were given under others.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     file = folder / "settings.json"
     if overwrite:
         for old in (*folder.glob("*.jsonl"), *folder.glob("*.json")):

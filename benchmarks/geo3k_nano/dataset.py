@@ -1,7 +1,7 @@
 """Writes Geo3K-nano, in Geo3K's schema, as a folder of parquet files.
 
-The splits share no figure: of all questions that there are (a family and its numbers), a
-tenth is for the test split and a tenth for validation, chosen by hash.
+The splits share no figure: each draws its own. A fifth of all numbers (of angles, of sides),
+chosen by hash, is held out: train has none of them, validation no others, test has all.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def examples(split: str, seed: int, count: int) -> Iterator[dict[str, Any]]:
         yield {"images": [image], "problem": problem, "answer": str(figure.answer)}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.geo3k_nano.dataset",
         description=__doc__,
@@ -44,7 +44,7 @@ def main() -> None:
             metavar="N",
             help=f"questions (default: {size}; 0: do not write this split)",
         )
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     for split in SIZES:
         if count := getattr(args, split):

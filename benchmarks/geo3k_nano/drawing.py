@@ -101,13 +101,14 @@ def attempt(
         p, q = pixel(one), pixel(other)
         normal = unit(q - p)[::-1] * (-1, 1)
         outwards = normal if normal @ (p - pixel(inside)) > 0 else -normal
-        labels.append((p + (q - p) * rng.uniform(0.4, 0.6), outwards, float(rng.uniform(12, 17)), text))
+        beside = p + (q - p) * rng.uniform(0.4, 0.6)
+        labels.append((beside, outwards, float(rng.uniform(12, 17)), text))
 
     letters = font(str(rng.choice(FONTS)), int(rng.integers(15, 20)) * SCALE)
     boxes: list[tuple[float, ...]] = []
     drawing = Drawing(image)
-    for start, direction, distance, text in labels:
-        where = tuple(start + direction * distance * SCALE)
+    for origin, direction, distance, text in labels:
+        where = tuple(origin + direction * distance * SCALE)
         box = pen.textbbox(where, text, font=letters, anchor="mm", stroke_width=2 * SCALE)
         if min(box[:2]) < 0 or box[2] > image.width or box[3] > image.height:
             return None

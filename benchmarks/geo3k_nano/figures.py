@@ -28,7 +28,7 @@ class Figure:
 
     family: str
     numbers: tuple[int, ...]
-    """With the family, what makes the question: two drawings of the same numbers are one figure."""
+    """With the family, what the question is about: what is given, what is asked."""
     answer: int
     reasoning: str
     lines: list[tuple[Point, Point]] = field(default_factory=list)

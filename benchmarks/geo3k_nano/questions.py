@@ -1,4 +1,4 @@
-"""Geo3K-nano's questions, each from a seed and a number, and which split they belong to."""
+"""Geo3K-nano's questions, each from a split, a seed and a number."""
 
 from __future__ import annotations
 
@@ -14,17 +14,23 @@ SPLITS = ("train", "validation", "test")
 QUESTIONS = ("Find x.", "What is the value of x?", "Solve for x.", "Determine x.")
 
 
-def split_of(figure: Figure) -> str:
+def held_out(figure: Figure) -> bool:
+    """Whether no figure of the train split has these numbers: so for a fifth of all numbers."""
     key = f"{figure.family} {figure.numbers}".encode()
-    return {0: "test", 1: "validation"}.get(hashlib.sha256(key).digest()[0] % 10, "train")
+    return hashlib.sha256(key).digest()[0] % 10 < 2
 
 
 def figure_of(split: str, rng: np.random.Generator) -> Figure:
-    """A figure that belongs to the split; all families are as likely."""
+    """A figure for the split; all families are as likely."""
     family = FAMILIES[int(rng.integers(len(FAMILIES)))]
-    while split_of(figure := family(rng)) != split:
+    while not allowed(split, figure := family(rng)):
         pass
     return figure
+
+
+def allowed(split: str, figure: Figure) -> bool:
+    """Train has the numbers that are not held out, validation those that are, test has all."""
+    return split == "test" or held_out(figure) == (split == "validation")
 
 
 def question(split: str, seed: int, index: int) -> tuple[Figure, Image, str]:

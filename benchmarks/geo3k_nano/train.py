@@ -301,14 +301,14 @@ def train(args: argparse.Namespace, console: Console) -> None:
     console.print(f"{args.out / 'model'}: bfloat16")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.geo3k_nano.train",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=5500)
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -321,9 +321,9 @@ def main() -> None:
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"]
     )
-    parser.add_argument("--validate-every", type=int, default=500, metavar="STEPS")
-    parser.add_argument("--validate-on", type=int, default=200, metavar="QUESTIONS")
-    train(parser.parse_args(), Console())
+    parser.add_argument("--validate-every", type=int, default=550, metavar="STEPS")
+    parser.add_argument("--validate-on", type=int, default=100, metavar="QUESTIONS")
+    train(parser.parse_args(arguments), Console())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,3 @@
+from tools.releases import ROOT
+
+NANO = ROOT / "benchmarks" / "geo3k_nano"
