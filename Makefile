@@ -17,7 +17,7 @@ ENGINE := --dtype float32 --max-model-len 512 --max-num-batched-tokens 512 --lim
 FAST := $(addprefix tests/,wheel deepstack overlay parity geo3k)
 
 NANO := benchmarks/geo3k_nano
-GEO3K := --model $(NANO)/model --dataset $(NANO)/data --dtype float32 --max-model-len 512 --max-num-batched-tokens 2048 --limit-mm-per-prompt '{"image": 1, "video": 0}'
+GEO3K := --model $(NANO)/model --dataset $(NANO)/data --dtype float32 --max-model-len 512 --max-num-batched-tokens 2048 --gpu-memory-utilization 0.4 --limit-mm-per-prompt '{"image": 1, "video": 0}'
 
 .PHONY: help wheel install parity geo3k test test-fast lint clean
 

@@ -100,10 +100,14 @@ async def served_model(client: openai.AsyncOpenAI, model: str | None) -> str:
 
 def failure(client: openai.AsyncOpenAI, error: openai.OpenAIError, what: str) -> Geo3kError:
     cause = f": {error.__cause__}" if error.__cause__ else ""
+    advice = ""
+    if isinstance(error, openai.APIConnectionError | openai.NotFoundError):
+        advice = "Is it up, and does the address end in /v1? "
+    elif "max_tokens" in str(error):
+        advice = "Give a smaller --max-tokens. "
     return Geo3kError(
-        f"--base-url {client.base_url}: {what}: {error}{cause}\n"
-        "Is it up, and does the address end in /v1? Answers until now are kept: "
-        "the same command goes on from them."
+        f"--base-url {client.base_url}: {what}: {error}{cause}\n{advice}"
+        "Answers until now are kept: the same command goes on from them."
     )
 
 

@@ -82,13 +82,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column("run", overflow="fold")
     first = result["runs"][0]["run"]
-    for heading, width in (
-        ("accuracy", 8),
-        ("95 %", 11),
-        ("same", 6),
-        ("time", 7),
-        ("tokens/s", 8),
-    ):
+    widths = {"accuracy": 8, "95 %": 11, "same": 6, "time": 7, "tokens/s": 8}
+    for heading, width in widths.items():
         table.add_column(heading, justify="right", min_width=width)
     same = {d["runs"][1]: d["same"] for d in result["differences"]}
     for run in result["runs"]:
@@ -104,11 +99,10 @@ def show(result: dict[str, Any], console: Console) -> None:
         )
     console.print(table)
     if len(result["runs"]) > 1:
-        console.print(f"same: boxes what {label(result['runs'][0])}, boxes")
+        console.print(f"same: boxed answers as of {label(result['runs'][0])}")
     if result["blank_images"]:
-        console.print(
-            f"always answering {result['commonest']['answer']}: {result['commonest']['share']:.3f}"
-        )
+        guess = result["commonest"]
+        console.print(f"always answering {guess['answer']}: {guess['share']:.3f}")
     for d in result["differences"]:
         if d["differ"]:
             numbers = [str(entry["number"]) for entry in d["differ"]]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, Image, List, Value
+from PIL import Image as pictures
 from tqdm import tqdm
 
 from .questions import question
@@ -26,6 +27,17 @@ def examples(split: str, seed: int, count: int) -> Iterator[dict[str, Any]]:
     for index in tqdm(range(count), desc=split):
         figure, image, problem = question(split, seed, index)
         yield {"images": [image], "problem": problem, "answer": str(figure.answer)}
+
+
+def sheet(split: str, seed: int, columns: int = 6, rows: int = 2) -> pictures.Image:
+    """The split's first figures side by side."""
+    side = 236
+    whole = pictures.new("RGB", (columns * side, rows * side), "white")
+    for index in range(columns * rows):
+        _, image, _ = question(split, seed, index)
+        left, top = index % columns * side, index // columns * side
+        whole.paste(image, (left + (side - image.width) // 2, top + (side - image.height) // 2))
+    return whole
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -44,6 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
             metavar="N",
             help=f"questions (default: {size}; 0: do not write this split)",
         )
+    parser.add_argument("--sheet", type=Path, metavar="PNG", help="a picture of some test figures")
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     for split in SIZES:
@@ -52,6 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
             part = args.out / f".{split}.parquet"
             data.to_parquet(part)
             part.rename(args.out / f"{split}-00000-of-00001.parquet")
+    if args.sheet:
+        sheet("test", args.seed).save(args.sheet)
 
 
 if __name__ == "__main__":
