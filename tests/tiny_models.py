@@ -15,9 +15,11 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers.models.qwen3_omni_moe import Qwen3OmniMoeProcessor
 from transformers.models.qwen3_vl import Qwen3VLProcessor
+
+from benchmarks.geo3k_nano import model as nano
+from benchmarks.geo3k_nano.model import byte_level_bpe, decoder_config
 
 HIDDEN = 128
 LEVELS = 3
@@ -59,60 +61,18 @@ PIXELS: dict[str, Any] = {
 
 
 def text_config(tokenizer: transformers.PreTrainedTokenizerFast) -> dict[str, Any]:
-    return {
-        "vocab_size": 512,
-        "hidden_size": HIDDEN,
-        "intermediate_size": 2 * HIDDEN,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": False,
-        "rope_theta": 10000.0,
-        "rope_scaling": {
-            "rope_type": "default",
-            "mrope_section": [8, 4, 4],
-            "mrope_interleaved": True,
-        },
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    sizes = {"num_hidden_layers": 4, "num_attention_heads": 4}
+    return decoder_config(tokenizer, HIDDEN, intermediate_size=2 * HIDDEN, **sizes)
 
 
 def vision_config() -> dict[str, Any]:
-    return {
-        "depth": 4,
-        "hidden_size": HIDDEN,
-        "out_hidden_size": HIDDEN,
-        "intermediate_size": 2 * HIDDEN,
-        "num_heads": 4,
-        "in_channels": 3,
-        "patch_size": 16,
-        "temporal_patch_size": 2,
-        "spatial_merge_size": 2,
-        "num_position_embeddings": 256,
-        "deepstack_visual_indexes": list(range(LEVELS)),
-    }
+    levels = list(range(LEVELS))
+    sizes = {"depth": 4, "intermediate_size": 2 * HIDDEN, "deepstack_visual_indexes": levels}
+    return nano.vision_config(HIDDEN, **sizes)
 
 
 def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *SPECIAL.values()]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        CORPUS * 5,
-        trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet),
-    )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        extra_special_tokens=SPECIAL,
-        chat_template=CHAT_TEMPLATE,
-    )
+    return byte_level_bpe(CORPUS * 5, 400, SPECIAL, CHAT_TEMPLATE)
 
 
 def token_ids(tokenizer: transformers.PreTrainedTokenizerFast, **fields: str) -> dict[str, int]:

@@ -16,7 +16,7 @@ from . import Geo3kError
 from .answers import Answers, Asked
 
 
-def serve_run(
+async def serve_run(
     base_urls: list[str],
     model: str | None,
     asked: list[Asked],
@@ -30,17 +30,6 @@ def serve_run(
         Geo3kError: an endpoint cannot be reached, has no such model, or fails. What was
             answered until then is kept.
     """
-    asyncio.run(_run(base_urls, model, asked, max_tokens, concurrency, result))
-
-
-async def _run(
-    base_urls: list[str],
-    model: str | None,
-    asked: list[Asked],
-    max_tokens: int,
-    concurrency: int,
-    result: Path,
-) -> None:
     key = os.environ.get("OPENAI_API_KEY", "EMPTY")
     clients = [openai.AsyncOpenAI(base_url=url, api_key=key) for url in base_urls]
     started = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import re
@@ -158,13 +159,10 @@ def execute(
                     console.print(f"{run.name}: running", highlight=False)
                 if run.mode == SERVED:
                     with ThreadPoolExecutor(1) as pool:
-                        future = pool.submit(
-                            serve_run,
-                            asked=asked,
-                            max_tokens=max_tokens,
-                            result=result,
-                            **serve,
+                        asking = serve_run(
+                            asked=asked, max_tokens=max_tokens, result=result, **serve
                         )
+                        future = pool.submit(asyncio.run, asking)
                         while not future.done():
                             show("answering")
                             time.sleep(0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,17 +55,31 @@ RESPONSES = [
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE on what is asked and answered; every digit is a token."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    """Every digit is a token."""
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    prompts = [f"user\n{question} {INSTRUCTION}" for question in QUESTIONS]
+    return byte_level_bpe(
+        [*prompts, "assistant\n", *RESPONSES], VOCABULARY, SPECIAL, CHAT_TEMPLATE, before=[digits]
     )
+
+
+def byte_level_bpe(
+    texts: list[str],
+    size: int,
+    special: dict[str, str],
+    chat_template: str,
+    before: Sequence[pre_tokenizers.PreTokenizer] = (),
+) -> PreTrainedTokenizerFast:
+    """A tokenizer trained on the texts, of `size` tokens at most; `special` by attribute."""
+    bpe = Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([*before, byte_level]) if before else byte_level
     bpe.decoder = decoders.ByteLevel()
     bpe.train_from_iterator(
-        [*(f"user\n{question} {INSTRUCTION}" for question in QUESTIONS), "assistant\n", *RESPONSES],
+        texts,
         trainers.BpeTrainer(
-            vocab_size=VOCABULARY,
-            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", *SPECIAL.values()],
+            vocab_size=size,
+            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", *special.values()],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         ),
@@ -73,9 +88,45 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=bpe,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        extra_special_tokens=SPECIAL,
-        chat_template=CHAT_TEMPLATE,
+        extra_special_tokens=special,
+        chat_template=chat_template,
     )
+
+
+def decoder_config(tokenizer: PreTrainedTokenizerFast, hidden: int, **sizes: Any) -> dict[str, Any]:
+    """Of heads of 32 and with interleaved M-RoPE."""
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": hidden,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        "rope_theta": 10000.0,
+        "rope_scaling": {
+            "rope_type": "default",
+            "mrope_section": [8, 4, 4],
+            "mrope_interleaved": True,
+        },
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        **sizes,
+    }
+
+
+def vision_config(out_hidden: int, **sizes: Any) -> dict[str, Any]:
+    """Of width 128, for images of up to 16 patches a side without interpolation."""
+    return {
+        "hidden_size": 128,
+        "out_hidden_size": out_hidden,
+        "num_heads": 4,
+        "in_channels": 3,
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": 2,
+        "num_position_embeddings": 16**2,
+        **sizes,
+    }
 
 
 def make_processor() -> Qwen3VLProcessor:
@@ -92,38 +143,12 @@ def make_processor() -> Qwen3VLProcessor:
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3VLForConditionalGeneration:
     """With weights drawn from the seed, in float32."""
     token = tokenizer.convert_tokens_to_ids
-    text: dict[str, Any] = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": HIDDEN,
-        "intermediate_size": 352,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": False,
-        "rope_theta": 10000.0,
-        "rope_scaling": {
-            "rope_type": "default",
-            "mrope_section": [8, 4, 4],
-            "mrope_interleaved": True,
-        },
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    vision = {
-        "depth": 6,
-        "hidden_size": 128,
-        "out_hidden_size": HIDDEN,
-        "intermediate_size": 384,
-        "num_heads": 4,
-        "in_channels": 3,
-        "patch_size": 16,
-        "temporal_patch_size": 2,
-        "spatial_merge_size": 2,
-        "num_position_embeddings": 16**2,
-        "deepstack_visual_indexes": [0, 2, 4],
-    }
+    text = decoder_config(
+        tokenizer, HIDDEN, intermediate_size=352, num_hidden_layers=6, num_attention_heads=6
+    )
+    vision = vision_config(
+        HIDDEN, depth=6, intermediate_size=384, deepstack_visual_indexes=[0, 2, 4]
+    )
     config = Qwen3VLConfig(
         text_config=text,
         vision_config=vision,

@@ -1,10 +1,13 @@
 """What happens around the engines: going on, refusing, summing up."""
 
+import asyncio
 import json
+import re
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from benchmarks.geo3k import Geo3kError
 from benchmarks.geo3k.__main__ import main
@@ -73,8 +76,6 @@ def test_answers_to_other_questions_are_not_mixed(tmp_path):
 
 
 def test_the_report(tmp_path, capsys):
-    from rich.console import Console
-
     right = ["1", "2", "3", "4"]
     eager = outcome(tmp_path, "eager", right, boxes("1", "2", "3", "5"))
     compiled = outcome(tmp_path, "compiled", right, [*boxes("1", "7", "3"), "no box"])
@@ -109,8 +110,6 @@ def test_the_report(tmp_path, capsys):
 def test_what_cannot_run_says_why(arguments, message, tmp_path, capsys):
     assert main([*arguments, "--output-dir", str(tmp_path)]) == 2
     error = " ".join(capsys.readouterr().err.split())
-    import re
-
     assert re.search(message, error), error
 
 
@@ -134,6 +133,6 @@ def test_a_failed_endpoint_keeps_what_was_answered(tmp_path):
     answers = Answers(result.with_suffix(".jsonl"))
     answers.add([(asked("1")[0], "\\boxed{1}", "stop", 5)])
     with pytest.raises(Geo3kError, match="Answers until now are kept"):
-        serve_run(["http://localhost:9/v1"], "m", asked("1", "2"), 8, 2, result)
+        asyncio.run(serve_run(["http://localhost:9/v1"], "m", asked("1", "2"), 8, 2, result))
     assert len(read(answers.file)) == 1
     assert not result.exists()
