@@ -79,7 +79,7 @@ async def served_model(client: openai.AsyncOpenAI, model: str | None) -> str:
         raise failure(client, error, "its list of models") from None
     if model is None and len(names) == 1:
         return names[0]
-    if model not in names:
+    if model is None or model not in names:
         raise Geo3kError(
             f"--base-url {client.base_url}: it serves {', '.join(names) or 'nothing'}"
             + (f", not {model}" if model else "; say which with --model")
