@@ -39,8 +39,8 @@ def read(file: Path) -> list[Answered]:
     """All complete lines, in the questions' order."""
     if not file.exists():
         return []
-    lines = file.read_text().splitlines(keepends=True)
-    found = [Answered(**json.loads(line)) for line in lines if line.endswith("\n")]
+    lines = file.read_text().split("\n")[:-1]  # splitlines() would also split responses
+    found = [Answered(**json.loads(line)) for line in lines]
     return sorted(found, key=lambda answered: answered.number)
 
 
@@ -52,10 +52,6 @@ class Answers:
         file.write_text(text[: text.rfind("\n") + 1])
         self.file = file
         self.done = {answered.number for answered in read(file)}
-        self.restart()
-
-    def restart(self) -> None:
-        """Time spent up to now belongs to no answer."""
         self.last = time.monotonic()
 
     def left(self, asked: list[Asked]) -> list[Asked]:

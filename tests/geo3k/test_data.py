@@ -7,6 +7,7 @@ from PIL import Image
 from benchmarks.geo3k import INSTRUCTION, Geo3kError
 from benchmarks.geo3k.data import load
 from benchmarks.geo3k_nano.dataset import FEATURES
+from benchmarks.geo3k_nano.dataset import main as generate
 from tests.geo3k import NANO
 
 WHITE = Image.new("RGB", (64, 32), "white")
@@ -41,6 +42,13 @@ def test_loads_the_shipped_test_split():
     questions = load(str(NANO / "data"), "test")
     assert len(questions) == 600
     assert all(len(question.images) == 1 for question in questions)
+
+
+def test_loads_what_the_generator_writes(tmp_path):
+    generate([str(tmp_path), "--train", "3", "--validation", "2", "--test", "0"])
+    assert [len(load(str(tmp_path), split)) for split in ("train", "validation")] == [3, 2]
+    with pytest.raises(Geo3kError, match="has train, validation"):
+        load(str(tmp_path), "test")
 
 
 def test_the_first_questions_alone():

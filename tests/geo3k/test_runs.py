@@ -53,6 +53,13 @@ def test_goes_on_after_the_last_complete_line(tmp_path):
     ]
 
 
+def test_responses_may_have_any_characters(tmp_path):
+    answers = Answers(tmp_path / "eager.jsonl")
+    strange = "a\u2028b\x85c\r\nd \\boxed{1}"
+    answers.add([(asked("1")[0], strange, "stop", 5)])
+    assert [(a.response, a.correct) for a in read(answers.file)] == [(strange, True)]
+
+
 def test_shares_of_time_add_up(tmp_path, monkeypatch):
     clock = iter([10.0, 16.0, 17.0])
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
