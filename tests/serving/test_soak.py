@@ -50,11 +50,11 @@ def test_difference_is_shrunk_and_said():
         return len(stream) > 1 and pictures(request) > 1
 
     soak = Soak(MadeUp(wrong), MadeUp(), 0.25)
-    with pytest.raises(DifferenceError, match=r"of [23]: .* 1 at the first token") as found:
+    with pytest.raises(DifferenceError, match=r"of [2-4]: .* 1 at the first token") as found:
         soak.run(("image", "video", "audio"), 500, seed=0)
     notes = "\n".join(found.value.__notes__)
     # How short depends on Hypothesis, which draws numbers from all modules that are imported.
-    assert notes.count("Request(") in (2, 3) and 2 <= notes.count("Picture(") <= 6
+    assert 2 <= notes.count("Request(") <= 4 and 2 <= notes.count("Picture(") <= 8
     assert f"--seed 0, after {soak.first_failure} requests" in notes
 
 
