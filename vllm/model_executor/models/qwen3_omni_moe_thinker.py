@@ -21,6 +21,12 @@ class Qwen3OmniMoeThinkerForConditionalGeneration(DeepStackMixin):
         # `forward` clears as well, but a full CUDA graph replays without its Python.
         self._clear_deepstack_input_embeds(self.deepstack_input_embeds_num_tokens)
         ...
+        input_ids_cpu = input_ids.cpu()
+        is_vision = is_multimodal & (input_ids_cpu != audio_token_id)
+        multimodal_embeddings = self._stage_deepstack_input_embeds(
+            multimodal_embeddings, is_vision
+        )
+        ...
 
     def forward(
         self,
