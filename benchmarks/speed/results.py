@@ -1,0 +1,74 @@
+"""What the benchmarks of this folder have in common: their options, and how results are kept."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from . import SpeedError
+
+
+def add_variants(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--vllm",
+        nargs="+",
+        default=["fork"],
+        metavar="NAME[=TREE]",
+        help="what is compared: a name for the installed vLLM, or for the one in a folder that "
+        "contains vllm/ (default: fork, installed)",
+    )
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path("speed-results"),
+        help="where the result goes, as JSON and as a plot (default: speed-results)",
+    )
+    parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep the processes' logs")
+
+
+def claim(folder: Path) -> None:
+    """Before anything is measured.
+
+    Raises:
+        SpeedError: results cannot be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SpeedError(f"--output-dir {folder}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise SpeedError(f"--output-dir {folder}: is not writable")
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    part = path.with_name(f".{path.name}")
+    part.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    os.replace(part, path)
+
+
+def spread(values: Any) -> dict[str, float]:
+    """Median and quartiles."""
+    low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return {"median": float(median), "low": float(low), "high": float(high)}
+
+
+def device(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    return machine["gpus"][0] if machine["gpus"] else f"{machine['cores']} cores, {machine['cpu']}"
+
+
+def progress(console: Console) -> Progress:
+    """A bar with what is being done; where nobody watches, none."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    text = TextColumn("{task.description}", markup=False)
+    return Progress(*columns, text, console=console, disable=not console.is_terminal)

@@ -1,0 +1,276 @@
+"""Serving: decoding, image-heavy prefill and start-up, of several vLLMs in turn.
+
+All engines live side by side and take turns, so that what one run compares has met the same
+machine. The first vLLM that is named is the one that the others are measured against. Options
+that are not listed here go to the engines, under vLLM's names.
+
+    python -m benchmarks.speed.serving --model qwen3_vl_2b --vllm stock=TREE fork --eager fork
+
+Exit code: 0, or 2 if the benchmark could not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from benchmarks.machine import machine
+from tools.parity import ParityError
+
+from . import SpeedError, models, plots, results
+from .workers import Variant, Worker, workers
+
+OPTIONS = ["--max-num-batched-tokens", "8192", "--enable-chunked-prefill"]
+OPTIONS += ["--no-enable-prefix-caching", "--mm-processor-cache-gb", "0"]
+Rounds = dict[str, list[dict[str, Any]]]
+
+
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed.serving",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    shapes = ", ".join(models.SHAPES)
+    add("--model", required=True, help=f"{shapes}: random weights; or a checkpoint's folder")
+    results.add_variants(parser)
+    add("--eager", metavar="NAME", help="one of them that is run with --enforce-eager, too")
+    add("--batch-sizes", type=int, nargs="*", default=[1, 8, 64, 256], metavar="N")
+    add("--images", type=int, nargs="*", default=[1, 4, 16], metavar="N", help="a request")
+    add("--image-size", type=int, default=1024, metavar="PIXELS", help="of a side")
+    add("--steps", type=int, default=48, metavar="N", help="decode steps timed a round")
+    add("--rounds", type=int, default=7, metavar="N", help="after one that is not counted")
+    add(
+        "--starts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="times that each engine is started by itself, the first time with empty caches "
+        "(default: 0, all are started together and no time is taken)",
+    )
+    results.add_output(parser)
+    args, options = parser.parse_known_args(arguments)
+    for name in ("image_size", "steps", "rounds"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if any(number < 1 for number in [*args.batch_sizes, *args.images]):
+        parser.error("--batch-sizes and --images must be at least 1")
+    return args, options
+
+
+def variants(args: argparse.Namespace) -> list[Variant]:
+    named = [Variant.parse(text) for text in args.vllm]
+    by_name = {variant.name: variant for variant in named}
+    if len(by_name) < len(named):
+        raise SpeedError(f"--vllm {' '.join(args.vllm)}: two have the same name")
+    if args.eager:
+        if args.eager not in by_name:
+            raise SpeedError(f"--eager {args.eager}: --vllm names {', '.join(by_name)}")
+        named.append(Variant(f"{args.eager}-eager", by_name[args.eager].tree, eager=True))
+    return named
+
+
+def engine_options(args: argparse.Namespace, folder: Path) -> list[str]:
+    if args.model in models.SHAPES:
+        model = models.write(args.model, folder)
+        source = ["--model", str(model), "--load-format", "dummy", "--max-model-len", "20480"]
+    elif Path(args.model).is_dir():
+        source = ["--model", args.model]
+    else:
+        raise SpeedError(f"--model {args.model}: no folder, and none of {', '.join(models.SHAPES)}")
+    others = {"video": 0} | ({"audio": 0} if "omni" in args.model else {})
+    limits = json.dumps({"image": max(args.images, default=1)} | others)
+    return [*source, *OPTIONS, "--limit-mm-per-prompt", limits]
+
+
+def start(
+    engines: list[Worker], options: list[str], starts: int, progress: Progress
+) -> tuple[dict[str, Any], Rounds]:
+    """What each engine is, and the seconds of its starts."""
+    task = progress.add_task("starting", total=max(1, starts) * len(engines))
+    told: dict[str, dict[str, Any]] = {}
+    seconds: Rounds = {engine.variant.name: [] for engine in engines}
+
+    def begin(engine: Worker) -> None:
+        engine.start()
+        eager = ["--enforce-eager"] if engine.variant.eager else []
+        engine.tell("start", options=[*options, *eager])
+
+    def end(engine: Worker) -> None:
+        progress.update(task, description=f"starting {engine.variant.name}")
+        told[engine.variant.name] = engine.answer()
+        progress.advance(task)
+
+    for number in range(starts):
+        for engine in engines:
+            began = time.perf_counter()
+            begin(engine)
+            end(engine)
+            seconds[engine.variant.name].append({"seconds": time.perf_counter() - began})
+            if number < starts - 1:
+                engine.stop()
+    if not starts:
+        for engine in engines:
+            begin(engine)
+        for engine in engines:
+            end(engine)
+    return told, seconds
+
+
+def measure(engines: list[Worker], args: argparse.Namespace, progress: Progress) -> list[dict]:
+    """By workload; rounds of all engines, each round begun by another."""
+    requests = {n: max(1, max(args.images) // n) for n in args.images}
+    workloads: list[dict[str, Any]] = [
+        {"action": "decode", "batch": n, "prompt_tokens": 64, "steps": args.steps}
+        for n in args.batch_sizes
+    ]
+    for n in args.images:
+        image = {"action": "prefill", "images": n, "side": args.image_size}
+        workloads += [image | {"requests": k} for k in dict.fromkeys((1, requests[n]))]
+    for workload in workloads:
+        workload["rounds"] = {engine.variant.name: [] for engine in engines}
+    total = (args.rounds + 1) * len(workloads) * len(engines)
+    task = progress.add_task("measuring", total=total)
+    for number in range(args.rounds + 1):
+        for workload in workloads:
+            first = number % len(engines)
+            for engine in [*engines[first:], *engines[:first]]:
+                how = {k: v for k, v in workload.items() if k not in ("rounds", "action")}
+                progress.update(task, description=f"round {number}: {workload['action']} {how}")
+                answer = engine.ask(workload["action"], seed=number, **how)
+                if workload["action"] == "decode":
+                    answer = {"seconds": float(np.median(answer))}
+                if number:
+                    workload["rounds"][engine.variant.name].append(answer)
+                progress.advance(task)
+    return workloads
+
+
+def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """What tables and plots show: medians and quartiles, and each round's ratio to the first."""
+    found = []
+    workloads = [*started(result["starts"]), *result["workloads"]]
+    for workload in workloads:
+        rounds = workload["rounds"]
+        base = np.array([each["seconds"] for each in next(iter(rounds.values()))])
+        for name, answers in rounds.items():
+            seconds = np.array([each["seconds"] for each in answers])
+            row = {
+                "workload": title(workload),
+                "action": workload["action"],
+                "vllm": name,
+                "seconds": results.spread(seconds),
+                "ratio": results.spread(seconds / base),
+            }
+            if workload["action"] == "decode":
+                row["tokens_per_second"] = workload["batch"] / float(np.median(seconds))
+            if workload["action"] == "prefill":
+                rates = [each["prompt_tokens"] / each["seconds"] for each in answers]
+                row["tokens_per_second"] = float(np.median(rates))
+            found.append(row)
+    return found
+
+
+def started(starts: Rounds) -> list[dict[str, Any]]:
+    """The first start, and the last if there were several."""
+    counts = {len(each) for each in starts.values()}
+    titles = {0: "start, empty caches", -1: "start, warm caches"} if max(counts) > 1 else {}
+    return [
+        {
+            "action": "start",
+            "title": title,
+            "rounds": {name: [each[number]] for name, each in starts.items()},
+        }
+        for number, title in titles.items()
+    ]
+
+
+def title(workload: dict[str, Any]) -> str:
+    if workload["action"] == "start":
+        return workload["title"]
+    if workload["action"] == "decode":
+        return f"decode, batch {workload['batch']}"
+    images = f"{workload['images']} image{'s' if workload['images'] > 1 else ''}"
+    if workload["requests"] == 1:
+        return f"first token, {images}"
+    return f"prefill, {workload['requests']} × {images}"
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    console.print(f"{result['model']} on {results.device(result)}, {result['dtype']}")
+    names = list(result["vllm"])
+    table = Table(box=None, pad_edge=False)
+    table.add_column("milliseconds")
+    for name in names:
+        table.add_column(name, justify="right")
+    by_workload: dict[str, dict[str, Any]] = {}
+    for row in result["rows"]:
+        by_workload.setdefault(row["workload"], {})[row["vllm"]] = row
+    for workload, row in by_workload.items():
+        cells = [f"{1e3 * row[names[0]]['seconds']['median']:.2f}"]
+        for name in names[1:]:
+            ratio = row[name]["ratio"]
+            cells.append(
+                f"{1e3 * row[name]['seconds']['median']:.2f}  × {ratio['median']:.3f} "
+                f"({ratio['low']:.3f}–{ratio['high']:.3f})"
+            )
+        table.add_row(workload, *cells)
+    console.print(table)
+    console.print(f"×: to {names[0]}, the median of the rounds' ratios and their quartiles")
+
+
+def benchmark(args: argparse.Namespace, options: list[str], console: Console) -> dict[str, Any]:
+    named = variants(args)
+    results.claim(args.output_dir)
+    with (
+        tempfile.TemporaryDirectory(prefix="speed.") as temporary,
+        workers(named, "benchmarks.speed.engine", args.logs) as engines,
+        results.progress(console) as progress,
+    ):
+        every = [*engine_options(args, Path(temporary)), *options]
+        told, starts = start(engines, every, args.starts, progress)
+        workloads = measure(engines, args, progress)
+        for engine in engines:
+            engine.stop()
+    result = {
+        "benchmark": "serving",
+        "model": args.model,
+        "dtype": next(iter(told.values()))["dtype"],
+        "engine_options": every[every.index("--max-num-batched-tokens") :],
+        "vllm": told,
+        "starts": starts,
+        "workloads": workloads,
+        "machine": machine(),
+    }
+    return result | {"rows": rows(result)}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args, options = parse(arguments)
+    console = Console(stderr=True)
+    try:
+        result = benchmark(args, options, console)
+    except (SpeedError, ParityError) as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    name = f"serving-{Path(args.model).name}"
+    results.write(result, args.output_dir / f"{name}.json")
+    plots.serving(result, args.output_dir / f"{name}.png")
+    show(result, Console(width=None if Console().is_terminal else 200))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

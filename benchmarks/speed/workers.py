@@ -1,0 +1,114 @@
+"""Processes that hold one vLLM each and take turns: what is compared is measured in one run."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from tools.parity import ParityError
+from tools.parity.run import Job, import_path, stopping
+
+from . import SpeedError
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A vLLM under the name that it has in the results; without a tree, the installed one."""
+
+    name: str
+    tree: Path | None
+    eager: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Variant:
+        """`NAME`, `NAME=TREE`.
+
+        Raises:
+            SpeedError: there is no vLLM in the tree.
+        """
+        name, _, tree = text.partition("=")
+        if tree and not (Path(tree) / "vllm").is_dir():
+            raise SpeedError(f"--vllm {text}: {tree} is no folder that contains vllm/")
+        return cls(name, Path(tree) if tree else None)
+
+
+class Worker:
+    """A process that does what it is asked, and is idle meanwhile."""
+
+    def __init__(self, variant: Variant, module: str, folder: Path):
+        self.variant = variant
+        env = import_path(variant.tree)
+        for cache in ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR"):
+            env[cache] = str(folder / f"{variant.name}-{cache.lower()}")  # empty at first
+        env.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # steps are timed in the worker
+        self.job = Job(variant.name, module, [], env, folder)
+        self.connection: Connection | None = None
+
+    def start(self) -> None:
+        self.connection, theirs = Pipe()
+        self.job.start(str(theirs.fileno()), pass_fds=(theirs.fileno(),))
+        theirs.close()
+
+    def tell(self, action: str, **how: Any) -> None:
+        assert self.connection
+        with contextlib.suppress(BrokenPipeError):
+            self.connection.send((action, how))
+
+    def answer(self) -> Any:
+        """What the last action gave.
+
+        Raises:
+            ParityError: the process has ended, with the errors of its log.
+        """
+        assert self.connection
+        try:
+            return self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            assert self.job.process
+            raise ParityError(
+                f"{self.job.name} failed with exit code {self.job.process.wait()}:\n"
+                f"{self.job.error()}\nIts whole log: --logs FOLDER keeps it"
+            ) from None
+
+    def ask(self, action: str, **how: Any) -> Any:
+        self.tell(action, **how)
+        return self.answer()
+
+    def stop(self) -> None:
+        """Returns once the process has given back what it held."""
+        if self.connection:
+            self.connection.close()
+        if self.job.process:
+            self.job.process.wait(60)
+
+
+@contextlib.contextmanager
+def workers(variants: list[Variant], module: str, logs: Path | None) -> Iterator[list[Worker]]:
+    """Not started yet; those that still run at the end are stopped. Logs are kept if asked."""
+    with tempfile.TemporaryDirectory(prefix="speed.") as temporary:
+        folder = Path(temporary)
+        every = [Worker(variant, module, folder) for variant in variants]
+        try:
+            with stopping([worker.job for worker in every]):
+                yield every
+        finally:
+            if logs:
+                logs.mkdir(parents=True, exist_ok=True)
+                for log in folder.glob("*.log"):
+                    shutil.copy(log, logs)
+
+
+def serve(descriptor: str, actions: Any) -> None:
+    """The worker's side: calls what it is asked for until nobody asks any more."""
+    connection = Connection(int(descriptor))
+    with contextlib.suppress(EOFError):
+        while True:
+            action, how = connection.recv()
+            connection.send(getattr(actions, action)(**how))
