@@ -137,6 +137,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         table.add_column("kernels µs", justify="right")
         table.add_column("× floor", justify="right")
         table.add_column("bytes × floor", justify="right")
+        table.add_column("host µs", justify="right")
     for size in result["sizes"]:
         least = size["floor_seconds"]
         cells = []
@@ -147,6 +148,7 @@ def show(result: dict[str, Any], console: Console) -> None:
                 f"{1e6 * path['busy_seconds']:.1f}",
                 f"{total(path) / least:.2f}",
                 f"{moved / size['floor_bytes']:.2f}",
+                f"{1e6 * path['host_seconds']:.0f}",
             ]
         table.add_row(
             str(size["hidden"]),

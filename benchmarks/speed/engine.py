@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from typing import Any
@@ -21,6 +22,8 @@ WARM_STEPS = 8
 class Engine:
     def start(self, options: list[str]) -> dict[str, Any]:
         self.llm = make_engine(options)
+        gc.collect()
+        gc.freeze()  # as the engine's own process does
         config = self.llm.llm_engine.vllm_config
         return {
             "vllm": vllm_name(),

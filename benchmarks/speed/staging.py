@@ -6,7 +6,9 @@ and stages the levels, reads them, and clears them.
 
 from __future__ import annotations
 
+import statistics
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -21,8 +23,8 @@ from tools.parity.engine import vllm_name
 from .workers import serve
 
 DTYPE = torch.bfloat16
-SLEEP_CYCLES = 400_000
-"""What keeps the GPU busy while a step's kernels are launched: 0.2 ms at 2 GHz."""
+SLEEP_CYCLES = 8_000_000
+"""What keeps the GPU busy while a step's kernels are launched: 4 ms at 2 GHz."""
 
 
 def lay_out(tokens: int, share: float, image_tokens: int) -> tuple[list[int], torch.Tensor]:
@@ -127,6 +129,7 @@ class Staging:
         return {
             "seconds": dict(zip(calls, seconds)),
             "busy_seconds": self.busy(steps, max(3, repeats // 4)),
+            "host_seconds": self.host(steps, repeats),
             "moved": moved,
         }
 
@@ -153,6 +156,17 @@ class Staging:
             if number >= 3:
                 found.append([a.elapsed_time(b) / 1e3 for a, b in pairwise(events)])
         return torch.tensor(found, dtype=torch.float64).median(0).values.tolist()
+
+    def host(self, steps: list[Callable[[], Any]], repeats: int) -> float:
+        """Seconds until the calls return, on a GPU that is idle; the median."""
+        found = []
+        for _ in range(repeats):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            for step in steps:
+                step()
+            found.append(time.perf_counter() - began)
+        return statistics.median(found)
 
     def busy(self, steps: list[Callable[[], Any]], repeats: int) -> float:
         """Seconds in which kernels and copies ran, a step: without the gaps between them."""
@@ -188,7 +202,7 @@ class Counter(TorchDispatchMode):
 
     def moved(self, name: str, args: Any, out: Any) -> int:
         target = args[0] if args and isinstance(args[0], torch.Tensor) else out
-        if not isinstance(target, torch.Tensor) or not (target.is_cuda or out.is_cuda):
+        if not (isinstance(out, torch.Tensor) and (target.is_cuda or out.is_cuda)):
             return 0
         if name in ("empty", "empty_like", "new_empty", "empty_strided"):
             return 0

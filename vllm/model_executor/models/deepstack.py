@@ -104,12 +104,9 @@ class DeepStackMixin:
         rest, features = [], []
         for embeds in multimodal_embeddings:
             if embeds.size(-1) == (1 + levels) * hidden_size:
-                features.append(
-                    embeds[:, hidden_size:]
-                    .unflatten(1, (levels, hidden_size))
-                    .transpose(0, 1)
-                )
-                main = embeds[:, :hidden_size]
+                parts = embeds.view(-1, 1 + levels, hidden_size)
+                features.append(parts[:, 1:].transpose(0, 1))
+                main = parts[:, 0]
                 main.__dict__.update(embeds.__dict__)  # its modality, from 0.32 on
                 embeds = main
             rest.append(embeds)
@@ -156,9 +153,11 @@ class DeepStackMixin:
         if buffers.is_cuda and not rows.is_cuda and is_pin_memory_available():
             rows = rows.pin_memory()  # or the copy waits for all that the GPU has to do
         self.deepstack_rows = rows.to(buffers.device, non_blocking=True)
+        words = in_words(buffers)
         for part, part_rows in zip(features, self.deepstack_rows.split(tokens)):
-            target, source = in_words(buffers, part.to(buffers))
-            target.index_copy_(1, part_rows, source)
+            source = in_words(part.to(buffers))
+            target = words if source.dtype == words.dtype else buffers
+            target.index_copy_(1, part_rows, source.view(target.dtype))
         self._copy_to_outgrown(buffers)
 
     def _clear_deepstack_input_embeds(self, num_tokens: int) -> None:
@@ -174,8 +173,8 @@ class DeepStackMixin:
         if num_tokens < staged:
             buffers[:, :num_tokens].zero_()
         else:
-            (words,) = in_words(buffers)
-            words.index_fill_(1, self.deepstack_rows.to(buffers.device), 0)
+            rows = self.deepstack_rows.to(buffers.device)
+            in_words(buffers).index_fill_(1, rows, 0)
             self.deepstack_input_embeds_num_tokens = 0
         self._copy_to_outgrown(buffers)
 
@@ -221,24 +220,18 @@ class DeepStackMixin:
         return buffers
 
 
-def in_words(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
-    """The tensors' memory as words of 16 bytes, where all their rows divide into them.
+def in_words(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory in words of 16 bytes; as it is, if rows do not divide into them.
 
     PyTorch indexes an element a thread: the larger the elements, the fewer the threads.
-    Words double the speed of bfloat16 (benchmarks/speed). Needs tensors of one dtype.
+    Words double the speed of bfloat16 (benchmarks/speed).
     """
-    word = torch.complex128.itemsize // tensors[0].itemsize
-    divisible = all(
+    word = torch.complex128.itemsize // tensor.itemsize
+    sizes = (tensor.size(-1), tensor.storage_offset(), *tensor.stride()[:-1])
+    if (
         tensor.device.type in ("cpu", "cuda")
         and tensor.stride(-1) == 1
-        and not any(
-            size % word
-            for size in (
-                tensor.size(-1),
-                tensor.storage_offset(),
-                *tensor.stride()[:-1],
-            )
-        )
-        for tensor in tensors
-    )
-    return [t.view(torch.complex128) for t in tensors] if divisible else tensors
+        and not any(size % word for size in sizes)
+    ):
+        return tensor.view(torch.complex128)
+    return tensor
