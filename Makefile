@@ -14,17 +14,24 @@ TINY := build/tiny/qwen3_vl
 ENGINE := --dtype float32 --max-model-len 512 --max-num-batched-tokens 512 --limit-mm-per-prompt '{"image": 2, "video": 0}'
 
 # The longest first; each folder's tests share what is costly.
-FAST := $(addprefix tests/,wheel deepstack overlay parity geo3k)
+FAST := $(addprefix tests/,wheel deepstack overlay parity speed geo3k)
 
 NANO := benchmarks/geo3k_nano
 GEO3K := --model $(NANO)/model --dataset $(NANO)/data --dtype float32 --max-model-len 512 --max-num-batched-tokens 2048 --gpu-memory-utilization 0.4 --limit-mm-per-prompt '{"image": 1, "video": 0}'
 
-.PHONY: help wheel install parity geo3k test test-fast lint clean
+# On a GPU, with a Python that has the CUDA release's requirements and requirements/tools.txt.
+CUDA := build/cuda/$(RELEASE)
+SPEED := benchmarks.speed
+VLLMS := --vllm stock=$(CUDA)/stock pr43617=$(CUDA)/pr43617 fork=$(CUDA)/fork
+SERVED := --eager fork --gpu-memory-utilization 0.1
+
+.PHONY: help wheel install parity geo3k bench bench-tools bench-gpu test test-fast lint clean
 
 help:
 	@echo 'make wheel      build the fork: a vllm wheel in dist/ (VLLM_TARGET_DEVICE=cpu|cuda)'
 	@echo 'make parity     compare compiled and eager, stock release and fork, on a tiny Qwen3-VL'
 	@echo 'make geo3k      accuracy on Geo3K-nano: Transformers, vLLM eager, stock, fork'
+	@echo 'make bench      speed of the tools and, where there is a GPU, of serving'
 	@echo 'make test       lint, and all tests that need no GPU'
 	@echo 'make test-fast  lint, and the tests that start no engine'
 
@@ -65,6 +72,26 @@ parity: install $(TINY)
 geo3k: install
 	$(PY) -m benchmarks.geo3k $(GEO3K) --runs eager transformers compiled@$(STOCK) compiled --output-dir build/geo3k/cpu
 	$(PY) -m benchmarks.geo3k $(GEO3K) --runs transformers --blank-images --output-dir build/geo3k/blank
+
+bench: bench-tools $(if $(shell command -v nvidia-smi),bench-gpu)
+
+bench-tools: install $(TINY)
+	$(PY) -m $(SPEED).tools --tree $(STOCK) --model $(TINY) $(ENGINE) --side-by-side --output-dir build/speed
+
+$(CUDA)/stock:
+	$(PYTHON) -m tools.releases unpack cuda $@
+
+$(CUDA)/fork $(CUDA)/pr43617: | $(CUDA)/stock
+	rm -rf $@.part
+	cp -al $(CUDA)/stock $@.part
+	$(PYTHON) -m tools.overlay apply $@.part $(if $(filter %pr43617,$@),--overlay tests/pr43617)
+	mv $@.part $@
+
+bench-gpu: $(CUDA)/fork $(CUDA)/pr43617
+	$(PYTHON) -m $(SPEED).deepstack $(wordlist 1,1,$(VLLMS)) $(wordlist 3,4,$(VLLMS)) --output-dir build/speed
+	$(PYTHON) -m $(SPEED).serving --model qwen3_vl_2b $(VLLMS) $(SERVED) --kv-cache-memory-bytes 6442450944 --starts 2 --output-dir build/speed
+	$(PYTHON) -m $(SPEED).serving --model qwen3_vl_8b $(VLLMS) $(SERVED) --kv-cache-memory-bytes 8589934592 --output-dir build/speed
+	$(PYTHON) -m $(SPEED).serving --model qwen3_omni $(VLLMS) $(SERVED) --kv-cache-memory-bytes 3221225472 --mm-encoder-attn-backend TORCH_SDPA --output-dir build/speed
 
 lint: $(VENV)/tools
 	$(VENV)/bin/ruff check .

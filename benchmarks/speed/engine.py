@@ -43,7 +43,12 @@ class Engine:
         return seconds[-steps - WARM_STEPS : -WARM_STEPS]
 
     def prefill(self, requests: int, images: int, side: int, seed: int) -> dict[str, float]:
-        """Of requests that arrive together, each of `images` images of `side` pixels a side."""
+        """Of requests that arrive together, each of `images` images of `side` pixels a side.
+
+        With the same seed, images are those of an earlier call: they have been processed,
+        and the vision encoder runs again.
+        """
+        self.llm.llm_engine.reset_encoder_cache()
         random = np.random.default_rng(seed)
         prompts: list[Any] = []
         for _ in range(requests):
@@ -51,11 +56,9 @@ class Engine:
             pictures = [Image.fromarray(image) for image in pixels]
             text = IMAGE * images + "what do these images show"
             prompts.append({"prompt": text, "multi_modal_data": {"image": pictures}})
-        started = time.perf_counter()
         seconds = self.run(prompts, 1)
         return {
             "seconds": sum(seconds),
-            "processing_seconds": time.perf_counter() - started - sum(seconds),
             "steps": len(seconds),
             "prompt_tokens": self.prompt_tokens,
         }

@@ -169,6 +169,7 @@ SHAPES: dict[str, Shape] = {
             "decoder_sparse_step": 1,
             "norm_topk_prob": True,
             "mlp_only_layers": [],
+            "tie_word_embeddings": False,
         },
         VISION_8B,
     ),

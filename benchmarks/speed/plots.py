@@ -48,7 +48,7 @@ def deepstack(result: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     least = [1e6 * size["floor_seconds"] for size in result["sizes"]]
     for name in result["vllm"]:
-        times = [1e6 * sum(size["paths"][name]["seconds"].values()) for size in result["sizes"]]
+        times = [1e6 * size["paths"][name]["seconds"] for size in result["sizes"]]
         axes.scatter(least, times, s=18, label=name)
     plain = [1e6 * size["plain_seconds"] for size in result["sizes"]]
     axes.scatter(least, plain, s=18, marker="x", color="grey", label="contiguous copy_ and zero_")

@@ -31,7 +31,7 @@ from . import SpeedError, models, plots, results
 from .workers import Variant, Worker, workers
 
 OPTIONS = ["--max-num-batched-tokens", "8192", "--enable-chunked-prefill"]
-OPTIONS += ["--no-enable-prefix-caching", "--mm-processor-cache-gb", "0"]
+OPTIONS += ["--no-enable-prefix-caching"]
 Rounds = dict[str, list[dict[str, Any]]]
 
 
@@ -149,7 +149,7 @@ def measure(engines: list[Worker], args: argparse.Namespace, progress: Progress)
             for engine in [*engines[first:], *engines[:first]]:
                 how = {k: v for k, v in workload.items() if k not in ("rounds", "action")}
                 progress.update(task, description=f"round {number}: {workload['action']} {how}")
-                answer = engine.ask(workload["action"], seed=number, **how)
+                answer = engine.ask(workload["action"], seed=0, **how)
                 if workload["action"] == "decode":
                     answer = {"seconds": float(np.median(answer))}
                 if number:

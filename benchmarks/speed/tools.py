@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -31,30 +30,28 @@ from tools.releases import ROOT
 
 from . import SpeedError, plots, results
 
-# A line of a command's output that begins with this begins this part.
+# Where a line of a command's output begins so, a part of it begins. Engines start side by
+# side, and the compiled one takes longest.
 WHEEL = {
-    r"\* Creating isolated environment": "environment",
-    r"\* Building wheel|running bdist_wheel": "unpack and merge",
-    r"Repacking wheel": "pack",
+    "* Creating isolated environment": "environment",
+    "running bdist_wheel": "check the release",
+    "Unpacking to": "unpack",
+    "Repacking wheel": "merge and pack",
 }
 PARITY = {
-    r"compiled: importing": "compiled: imports",
-    r"compiled: starting": "compiled: start",
-    r"compiled: generating": "compiled: generate",
-    r"eager: importing": "eager: imports",
-    r"eager: starting": "eager: start",
-    r"eager: generating": "eager: generate",
-    r"eager: done": "compare",
+    "compiled: importing": "imports",
+    "compiled: starting": "start the engine",
+    "compiled: generating": "generate",
+    "compiled: done": "compare",
 }
-APPLY = """
+IMPORT = """
 import sys, time
 began = time.perf_counter()
+from pathlib import Path
 from tools.overlay.tree import Tree
 imported = time.perf_counter()
-Tree(sys.argv[1]).changes()
-merged = time.perf_counter()
-Tree(sys.argv[1]).apply()
-print(imported - began, merged - imported, time.perf_counter() - merged)
+Tree(Path(sys.argv[1])).{call}()
+print(imported - began, time.perf_counter() - imported)
 """
 
 
@@ -80,50 +77,57 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 def run(command: list[str], parts: dict[str, str], **env: str) -> dict[str, Any]:
-    """Seconds of a command and of its parts, by when its lines come.
+    """Seconds of a command and of its parts, by when its lines begin.
 
     Raises:
         SpeedError: it failed, with the end of its output.
     """
     began = last = time.perf_counter()
     found: dict[str, float] = {}
-    part, lines = "start", []
+    part, output = "Python", ""
     process = subprocess.Popen(
         command,
         cwd=ROOT,
         env=os.environ | {"PYTHONUNBUFFERED": "1"} | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
     )
     assert process.stdout
-    for line in process.stdout:
-        lines.append(line)
+    while piece := os.read(process.stdout.fileno(), 2**16):
+        output += piece.decode(errors="replace")
         now = time.perf_counter()
-        for pattern, label in parts.items():
-            if re.match(pattern, line) and label != part:
+        line = max(output.rfind("\n" + mark) for mark in parts) + 1 if parts else 0
+        for mark, label in parts.items():
+            if line and output.startswith(mark, line) and label != part:
                 found[part] = found.get(part, 0.0) + now - last
                 part, last = label, now
     code, now = process.wait(), time.perf_counter()
     found[part] = found.get(part, 0.0) + now - last
     if code:
-        end = "".join(lines[-20:])
+        end = "\n".join(output.splitlines()[-20:])
         raise SpeedError(f"{' '.join(command)} failed with exit code {code}:\n{end}")
-    return {"seconds": now - began, "parts": found, "output": "".join(lines)}
+    return {"seconds": now - began, "parts": found, "output": output}
 
 
-def apply(tree: Path) -> dict[str, Any]:
-    """The command; then its parts, in a process that does the same and looks at the clock."""
+def apply(tree: Path, repeats: int = 5) -> dict[str, Any]:
+    """The command; then its parts, in processes that do the same and look at the clock."""
     overlay = [sys.executable, "-m", "tools.overlay"]
-    whole = run([*overlay, "apply", str(tree)], {})["seconds"]
-    run([*overlay, "revert", str(tree)], {})
-    again = run([sys.executable, "-c", APPLY, str(tree)], {})
-    run([*overlay, "revert", str(tree)], {})
-    imports, merge, both = map(float, again["output"].split())
-    parts = {"imports": imports, "merge": merge, "write": both - merge}
+    whole: list[float] = []
+    seconds: dict[str, list[list[float]]] = {"changes": [], "apply": []}
+    for _ in range(repeats):
+        whole.append(run([*overlay, "apply", str(tree)], {})["seconds"])
+        run([*overlay, "revert", str(tree)], {})
+        for call, found in seconds.items():
+            command = [sys.executable, "-c", IMPORT.format(call=call), str(tree)]
+            found.append([float(text) for text in run(command, {})["output"].split()])
+        run([*overlay, "revert", str(tree)], {})
+    imports, merge = np.median(seconds["changes"], axis=0)
+    write = np.median(seconds["apply"], axis=0)[1] - merge
+    rest = np.median(whole) - imports - merge - write
+    parts = {"Python": rest, "imports": imports, "merge": merge, "write": write}
     return {
-        "seconds": whole,
-        "parts": {"start": again["seconds"] - imports - merge - both, **parts},
+        "seconds": float(np.median(whole)),
+        "parts": {name: float(part) for name, part in parts.items()},
     }
 
 

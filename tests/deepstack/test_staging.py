@@ -125,6 +125,18 @@ def test_payload_that_replaces_another_of_other_rows(module):
     assert read(model, ROWS)[:, 6:].eq(0).all()
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(list(CLASSES)), st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6))))
+def test_slices_of_one_tensor(module, slices):
+    """Images that were encoded together, and chunks of them: neighbors in memory, or not."""
+    model = embedder(module)
+    together = encoded(6, 1)
+    embeddings = [together[min(s) : max(s)] for s in slices]
+    tokens = [IMAGE for embeds in embeddings for _ in embeds] + [TEXT]
+    embed(model, tokens, embeddings)
+    assert read(model, len(tokens)).equal(expected(tokens, embeddings))
+
+
 @pytest.mark.parametrize("counts", [(2,), (2, 2)])
 def test_embeddings_that_do_not_fit_the_placeholders_are_an_error(module, counts):
     model = embedder(module)

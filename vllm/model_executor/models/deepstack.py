@@ -101,17 +101,20 @@ class DeepStackMixin:
         if buffers is None:
             return multimodal_embeddings
         levels, _, hidden_size = buffers.shape
-        rest, features = [], []
+        rest, vision = [], []
         for embeds in multimodal_embeddings:
             if embeds.size(-1) == (1 + levels) * hidden_size:
-                parts = embeds.view(-1, 1 + levels, hidden_size)
-                features.append(parts[:, 1:].transpose(0, 1))
-                main = parts[:, 0]
-                main.__dict__.update(embeds.__dict__)  # its modality, from 0.32 on
-                embeds = main
+                vision.append(embeds)
+                embeds = embeds[:, :hidden_size]
+                embeds.__dict__.update(vision[-1].__dict__)  # modality, from 0.32 on
             rest.append(embeds)
-        if features:
-            self._write_deepstack_rows(features, is_vision.nonzero().flatten())
+        if not any(map(len, vision)):
+            return multimodal_embeddings
+        features = [
+            embeds.view(-1, 1 + levels, hidden_size)[:, 1:].transpose(0, 1)
+            for embeds in join_neighbors(vision)
+        ]
+        self._write_deepstack_rows(features, is_vision.nonzero().flatten())
         return rest
 
     def _set_deepstack_input_embeds(self, deepstack_input_embeds: torch.Tensor) -> None:
@@ -218,6 +221,27 @@ class DeepStackMixin:
         if not isinstance(buffers, torch.Tensor):
             self.deepstack_input_embeds = buffers = torch.stack(tuple(buffers))
         return buffers
+
+
+def join_neighbors(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Concatenates by rows, without a copy, what follows one another in memory.
+
+    Images that are encoded together are slices of one tensor.
+    """
+    joined = [tensors[0]]
+    for tensor in tensors[1:]:
+        last = joined[-1]
+        rows, stride = len(last), last.stride()
+        if (
+            tensor.untyped_storage().data_ptr() == last.untyped_storage().data_ptr()
+            and tensor.stride() == stride
+            and tensor.storage_offset() == last.storage_offset() + rows * stride[0]
+        ):
+            shape = rows + len(tensor), *last.shape[1:]
+            joined[-1] = last.as_strided(shape, stride)
+        else:
+            joined.append(tensor)
+    return joined
 
 
 def in_words(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,142 @@
+"""The speed benchmarks: what they lay out, how they fail, and that the page is theirs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from itertools import groupby, pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.speed import SpeedError, deepstack, page, serving, staging, tools
+from benchmarks.speed.models import SHAPES, write
+from benchmarks.speed.workers import Variant, workers
+from tools.parity import ParityError
+
+
+def test_page_has_what_the_results_say():
+    """`python -m benchmarks.speed.page` writes it."""
+    text = (page.HERE / "README.md").read_text()
+    assert page.filled(text) == text
+    assert "<!-- " in text
+
+
+@given(st.integers(1, 5000), st.floats(0.001, 1), st.integers(1, 1024))
+def test_a_steps_images(tokens, share, image_tokens):
+    lengths, mask = staging.lay_out(tokens, share, image_tokens)
+    assert len(mask) == tokens
+    assert mask.sum() == sum(lengths) == max(1, round(tokens * share))
+    assert max(lengths) <= image_tokens and max(lengths) - min(lengths) <= 1
+    if share <= 0.5 and tokens >= 2 * len(lengths):
+        runs = [len(list(run)) for staged, run in groupby(mask.tolist()) if staged]
+        assert runs == lengths
+
+
+def test_floor_is_a_read_a_write_and_a_cleared_row():
+    assert sum(deepstack.floor(10, 2048, 3).values()) == 3 * (10 * 2048 * 3 * 2)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_vllm_knows_the_shapes(name, tmp_path):
+    """Three DeepStack levels, images of 1024 tokens, 16 of them in a prompt."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    model = write(name, tmp_path)
+    config = EngineArgs(model=str(model), max_model_len=20480).create_model_config()
+    assert config.is_multimodal_model
+    vision = getattr(config.hf_config, "thinker_config", config.hf_config).vision_config
+    assert len(vision.deepstack_visual_indexes) == 3
+    assert vision.out_hidden_size == config.get_hidden_size()
+
+
+@pytest.mark.parametrize(
+    "module, arguments, error",
+    [
+        (serving, ["--model", "qwen3_vl_3b"], "qwen3_vl_3b: no folder, and none of qwen3_vl_2b"),
+        (serving, ["--model", "qwen3_vl_2b", "--vllm", "a=nowhere"], "nowhere is no folder that"),
+        (serving, ["--model", "qwen3_vl_2b", "--eager", "b"], "--eager b: --vllm names fork"),
+        (serving, ["--model", "qwen3_vl_2b", "--vllm", "a", "a"], "two have the same name"),
+        (deepstack, [], "there is no GPU"),
+    ],
+)
+def test_bad_input_is_a_clear_error(module, arguments, error, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert module.main([*arguments, "--output-dir", str(tmp_path)]) == 2
+    assert error in capsys.readouterr().err.replace("\n", " ")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_worker_that_fails_says_why(tmp_path):
+    named = [Variant("fork", None)]
+    with workers(named, "tests.parity.broken_worker", tmp_path) as (worker,):
+        worker.start()
+        with pytest.raises(ParityError, match="exit code 1"):
+            worker.ask("start", options=[])
+    assert (tmp_path / "fork.log").exists()
+
+
+def test_parts_of_a_command_begin_where_its_lines_begin():
+    script = "import time, sys\nfor line in ('one', 'two\\n', 'three\\n'):\n"
+    script += "    time.sleep(0.3); sys.stdout.write(line)"
+    command = [sys.executable, "-c", f"print()\n{script}"]
+    told = tools.run(command, {"onetwo": "first", "three": "second"})
+    assert list(told["parts"]) == ["Python", "first", "second"]
+    assert sum(told["parts"].values()) == pytest.approx(told["seconds"])
+    assert all(earlier > 0 for earlier, _ in pairwise(told["parts"].values()))
+    with pytest.raises(SpeedError, match="exit code 3:\nwhy"):
+        tools.run([sys.executable, "-c", "print('why'); raise SystemExit(3)"], {})
+
+
+def test_overlay_apply_is_taken_apart_and_taken_back(stock_tree, tmp_path):
+    tree = shutil.copytree(stock_tree, tmp_path / "tree", copy_function=shutil.copyfile)
+    before = {file: file.read_bytes() for file in tree.rglob("models/qwen3*.py")}
+    told = tools.apply(tree, repeats=1)
+    assert sum(told["parts"].values()) == pytest.approx(told["seconds"])
+    assert {file: file.read_bytes() for file in tree.rglob("models/qwen3*.py")} == before
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(900)
+def test_serving_on_two_engines(models, stock_tree, tmp_path):
+    """In turn, the release and the fork; the release is what ratios are to."""
+    options = ["--dtype", "float32", "--max-model-len", "512", "--max-num-batched-tokens", "256"]
+    sizes = ["--batch-sizes", "1", "2", "--images", "1", "2", "--image-size", "128"]
+    sizes += ["--steps", "4", "--rounds", "2"]
+    named = ["--vllm", f"stock={stock_tree}", "fork", "--gpu-memory-utilization", "0.3"]
+    model = ["--model", str(models["qwen3_vl"]), "--output-dir", str(tmp_path)]
+    assert serving.main([*model, *named, *sizes, *options, "--logs", str(tmp_path / "logs")]) == 0
+    result = json.loads((tmp_path / "serving-qwen3_vl.json").read_text())
+    assert (tmp_path / "serving-qwen3_vl.png").stat().st_size > 10_000
+    assert {name: "deepstack" in told["vllm"] for name, told in result["vllm"].items()} == {
+        "stock": False,
+        "fork": True,
+    }
+    titles = ["decode, batch 1", "decode, batch 2", "first token, 1 image"]
+    titles += ["prefill, 2 × 1 image", "first token, 2 images"]
+    assert [row["workload"] for row in result["rows"]] == [t for t in titles for _ in range(2)]
+    for row in result["rows"]:
+        assert row["seconds"]["low"] > 0
+        assert row["vllm"] == "fork" or row["ratio"]["median"] == 1
+    for workload in result["workloads"]:
+        assert [len(rounds) for rounds in workload["rounds"].values()] == [2, 2]
+        if workload["action"] == "prefill":
+            # 128 pixels a side are 16 image tokens.
+            told = workload["rounds"]["fork"][0]
+            tokens = workload["requests"] * workload["images"] * 16
+            assert tokens < told["prompt_tokens"] < 3 * tokens + 64
+
+
+@pytest.mark.gpu
+def test_a_path_on_a_gpu():
+    """Bytes are the floor's and the row numbers'."""
+    told = staging.Staging().path(
+        tokens=512, hidden=256, levels=3, share=0.5, image_tokens=128, repeats=3, seed=0
+    )
+    numbers = 256 * 8  # copied to the GPU (read and written), and read there
+    least = deepstack.floor(256, 256, 3)
+    assert told["moved"]["split and stage"]["bytes"] == least["split and stage"] + 3 * numbers
+    assert told["moved"]["clear"]["bytes"] == least["clear"] + numbers
+    assert told["busy_seconds"] < told["seconds"] < 1
