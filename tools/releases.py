@@ -131,13 +131,14 @@ def known(version: str | Version) -> Release:
 
 
 def fetch_sources(release: Release, folder: Path) -> None:
-    """Writes the files that the overlay changes, and those that tell the release.
+    """Writes the files that the overlay changes, and those that tell the release and D8.
 
     Reads just these files' bytes from the package index.
     """
     from remotezip import RemoteZip
 
     paths = [*release.sources, "vllm/__init__.py", "vllm/_version.py"]
+    paths += ["vllm/model_executor/models/qwen2_5_omni_thinker.py"]
     files = {path: folder / path for path in paths}
     if all(file.exists() for file in files.values()):
         return

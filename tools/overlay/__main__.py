@@ -1,28 +1,41 @@
-"""Merge the fork's definitions into a vLLM source tree, show the change, or take it out."""
+"""Merge the fork's definitions into a vLLM source tree, show the change, or take it out.
+
+Exit code: 0, or 1 after an error; of status 0: clean, 1: affected, 2: it cannot tell.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from . import OverlayError
+from .status import UNKNOWN, status
 from .tree import OVERLAY, Tree
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.overlay", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.overlay",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "verb",
-        choices=("diff", "apply", "revert"),
-        help="diff: print the change as a patch for `git apply`, write nothing; "
+        choices=("status", "diff", "apply", "revert"),
+        help="status: say which of the defects it has, found from its code; "
+        "diff: print the change as a patch for `git apply`, write nothing; "
         "apply: merge in place, all or nothing; revert: put back the very bytes that were there",
     )
     parser.add_argument(
         "tree",
         type=Path,
-        help="a folder that contains vllm/: site-packages, an unpacked wheel or sdist, a checkout",
+        nargs="?",
+        help="a folder that contains vllm/: site-packages, an unpacked wheel or sdist, a checkout "
+        "(default: that of the installed vLLM)",
     )
+    parser.add_argument("--json", action="store_true", help="status as JSON")
     parser.add_argument(
         "--overlay",
         type=Path,
@@ -30,7 +43,14 @@ def main(arguments: list[str] | None = None) -> int:
         help="the folder whose vllm/ is merged (default: the fork)",
     )
     args = parser.parse_args(arguments)
+    if args.json and args.verb != "status":
+        parser.error(f"--json: {args.verb} has no JSON")
     try:
+        args.tree = args.tree or installed()
+        if args.verb == "status":
+            found = status(args.tree, args.overlay)
+            print(found.json() if args.json else found.text())
+            return found.code
         tree = Tree(args.tree, args.overlay)
         name = f"vLLM {tree.release.version} in {tree.root}"
         if args.verb == "diff":
@@ -47,8 +67,18 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name}: as it was before the overlay")
     except OverlayError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return UNKNOWN if args.verb == "status" else 1
     return 0
+
+
+def installed() -> Path:
+    """The folder of the vLLM that this Python would import."""
+    spec = find_spec("vllm")
+    if not spec or not spec.origin:
+        raise OverlayError(
+            "no vLLM is installed for this Python: name a folder that contains vllm/"
+        )
+    return Path(spec.origin).parents[1]
 
 
 if __name__ == "__main__":
