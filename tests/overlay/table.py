@@ -12,17 +12,28 @@ from pathlib import Path
 
 from tools import releases
 from tools.overlay.defects import DEFECTS
-from tools.overlay.status import status
+from tools.overlay.status import Status, status
 from tools.overlay.tree import Tree
 
+Statuses = dict[str, tuple[Status, Status]]
 
-def table(trees: dict[str, Path]) -> str:
-    """Of the releases' sources, to which it applies the overlay; neighbors alike share a row."""
-    rows = []
+
+def statuses(trees: dict[str, Path]) -> Statuses:
+    """Before and after the overlay, by release; the trees are written to."""
+    found = {}
     for version, tree in trees.items():
-        before = marks(tree)
+        before = status(tree)
         Tree(tree).apply()
-        rows.append((version, [*before, ", ".join(present(tree)) or "none"]))
+        found[version] = before, status(tree)
+    return found
+
+
+def table(found: Statuses) -> str:
+    """Neighbors alike share a row."""
+    rows = [
+        (version, [*marks(before), ", ".join(present(after)) or "none"])
+        for version, (before, after) in found.items()
+    ]
     lines = [["vLLM", *DEFECTS, "with the fork"], ["---", *[":-:"] * (len(DEFECTS) + 1)]]
     for cells, group in groupby(rows, key=lambda row: row[1]):
         versions = [version for version, _ in group]
@@ -30,12 +41,12 @@ def table(trees: dict[str, Path]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def present(tree: Path) -> list[str]:
-    return [name for name, state in status(tree).defects.items() if state == "present"]
+def present(found: Status) -> list[str]:
+    return [name for name, state in found.defects.items() if state == "present"]
 
 
-def marks(tree: Path) -> list[str]:
-    return ["✗" if name in present(tree) else "" for name in DEFECTS]
+def marks(found: Status) -> list[str]:
+    return ["✗" if name in present(found) else "" for name in DEFECTS]
 
 
 if __name__ == "__main__":
@@ -45,4 +56,4 @@ if __name__ == "__main__":
             kept = releases.ROOT / "build" / "sources" / str(version)
             releases.fetch_sources(release, kept)
             trees[str(version)] = Path(shutil.copytree(kept, Path(folder) / str(version)))
-        print(table(trees), end="")
+        print(table(statuses(trees)), end="")

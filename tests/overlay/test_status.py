@@ -17,7 +17,8 @@ from tools.overlay.defects import DEFECTS, MODELS
 from tools.overlay.status import status
 from tools.overlay.tree import STATE, Tree
 
-from .table import table
+from . import table
+from .table import statuses
 
 RELEASES = [str(version) for version in releases.releases()]
 # Releases and defects as the project's design has them, measured or read.
@@ -39,32 +40,33 @@ PRESENT = {
 def present(root: Path) -> set[str]:
     found = status(root)
     assert found.problem is None
-    return {name for name, state in found.defects.items() if state == "present"}
+    return set(table.present(found))
+
+
+@pytest.fixture(scope="module")
+def found(release_sources):
+    return statuses({version: release_sources(version) for version in RELEASES})
 
 
 @pytest.mark.parametrize("version", RELEASES)
-def test_before_and_after(release_sources, version):
-    root = release_sources(version)
+def test_before_and_after(found, version):
     expected = {
         name
         for name, (first, last) in PRESENT.items()
         if Version(first) <= Version(version) <= Version(last)
     }
-    assert present(root) == expected
-    assert {name for name, defect in DEFECTS.items() if defect.released.contains(version)} == (
-        expected
-    )
-    Tree(root).apply()
-    after = status(root)
+    before, after = found[version]
+    assert before.problem is None
+    assert set(table.present(before)) == expected
+    assert expected == {name for name, d in DEFECTS.items() if d.released.contains(version)}
     assert (after.code, after.overlay) == (0, "applied")
     mended = {name for name, state in after.defects.items() if state == "mended by the overlay"}
     assert mended == expected
 
 
-def test_readme_has_the_table(release_sources):
+def test_readme_has_the_table(found):
     """`python -m tests.overlay.table` prints it."""
-    rows = table({version: release_sources(version) for version in RELEASES})
-    assert rows in (releases.ROOT / "README.md").read_text()
+    assert table.table(found) in (releases.ROOT / "README.md").read_text()
 
 
 def test_pull_request_43617_trades_defects(release_sources):
