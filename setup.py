@@ -29,7 +29,8 @@ sys.path.insert(0, str(HERE))  # a build isolated from the project leaves it out
 
 from tools import releases  # noqa: E402
 from tools.overlay import OverlayError  # noqa: E402
-from tools.overlay.tree import Tree, replace  # noqa: E402
+from tools.overlay.transaction import replace  # noqa: E402
+from tools.overlay.tree import Tree  # noqa: E402
 
 REVISION = 1  # of the fork, for one and the same release of vLLM
 BUILD = HERE / "build"
@@ -121,13 +122,13 @@ class merged_wheel(bdist_wheel):
             except OverlayError as error:
                 raise SetupError(str(error)) from None
             for change in changes:
-                replace(tree / change.path, change.after)
+                replace(tree / change.path, change.after, tree)
             version = tree / "vllm" / "_version.py"
-            replace(version, true_version(version.read_bytes()))
+            replace(version, true_version(version.read_bytes()), tree)
             info = tree / f"vllm-{VERSION}.dist-info"
             next(tree.glob("*.dist-info")).rename(info)
-            replace(info / "METADATA", true_metadata((info / "METADATA").read_bytes()))
-            replace(info / "WHEEL", wheel_file(parse_wheel_filename(wheel.name)[3]))
+            replace(info / "METADATA", true_metadata((info / "METADATA").read_bytes()), tree)
+            replace(info / "WHEEL", wheel_file(parse_wheel_filename(wheel.name)[3]), tree)
             Path(self.dist_dir).mkdir(parents=True, exist_ok=True)
             command = [
                 sys.executable,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -171,43 +170,6 @@ class TestErrors:
         assert done.returncode == 1
         assert "cannot be written to" in done.stderr and "nothing was changed" in done.stderr
         assert content(sources) == before
-
-
-class Interrupted(BaseException):
-    """As a signal would."""
-
-
-@pytest.mark.parametrize("write", range(5))
-def test_interrupted_apply_leaves_the_tree_as_it_was(sources, monkeypatch, write):
-    before = content(sources)
-    writes = iter(range(100))
-    real = tree.replace
-
-    def replace(file: Path, data: bytes) -> None:
-        if next(writes) == write:
-            raise Interrupted
-        real(file, data)
-
-    with monkeypatch.context() as patched, pytest.raises(Interrupted):
-        patched.setattr(tree, "replace", replace)
-        Tree(sources).apply()
-    if write == 0:  # while the originals are put aside
-        assert content(sources) == before
-    assert {k: v for k, v in content(sources).items() if k in before} == before
-    Tree(sources).apply()
-    Tree(sources).revert()
-    assert content(sources) == before
-
-
-def test_apply_that_was_killed_is_taken_back_by_revert(sources, capsys):
-    before = content(sources)
-    Tree(sources).apply()
-    manifest = sources / tree.STATE / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"status": "applying"}))
-    shutil.copy(sources / tree.STATE / "originals" / QWEN3_VL, sources / QWEN3_VL)
-    fails(sources, "interrupted while applying", "revert", capsys=capsys)
-    assert main(["revert", str(sources)]) == 0
-    assert content(sources) == before
 
 
 def test_new_overlay_over_an_older_one(sources, tmp_path):

@@ -8,11 +8,8 @@ import csv
 import difflib
 import hashlib
 import io
-import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +19,9 @@ from tools import releases
 
 from . import OverlayError
 from .merge import merge
+from .transaction import STATE, Files, Transaction, locked
 
 OVERLAY = releases.ROOT
-# What `revert` needs. It lies beside `vllm/`, and in an installation's RECORD.
-STATE = ".vllm-deepstack"
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,7 @@ class Tree:
 
     def __init__(self, root: Path, overlay: Path = OVERLAY):
         self.root = root
-        self.state = root / STATE
+        self.transaction = Transaction(root, digest)
         self.overlay = {
             path.relative_to(overlay).as_posix(): path.read_bytes()
             for path in sorted((overlay / "vllm").rglob("*.py"))
@@ -94,10 +90,9 @@ class Tree:
 
     def _read(self, path: str) -> bytes | None:
         """A file as upstream has it: what `apply` put aside, else what is there."""
-        for file in (self.state / "originals" / path, self.root / path):
-            if file.is_file():
-                return file.read_bytes()
-        return None
+        original = self.transaction.original(path)
+        file = self.root / path
+        return original if original is not None or not file.is_file() else file.read_bytes()
 
     def _hash(self, path: str) -> str | None:
         data = self._read(path)
@@ -142,84 +137,53 @@ class Tree:
         """Merges in place, all or nothing. Returns what it changed.
 
         Raises:
-            OverlayError: as `changes`; or the tree cannot be written to.
+            OverlayError: as `changes`; or the tree cannot be written to, or another is at it.
         """
-        changes = self.changes()
-        if not changes:
-            return []
-        if self.state.is_dir():  # an earlier overlay's merge: make anew from the originals
-            self.revert()
+        with self._writing():
+            self.transaction.recover()
             changes = self.changes()
-        record = self._record(changes)
-        written = [*changes, *([record] if record else [])]
-        try:
-            self._put_aside(written)
+            if not changes:
+                return []
+            if self.transaction.manifest():  # an earlier overlay's: make anew from the originals
+                self.transaction.take_back()
+                changes = self.changes()
+            record = self._record(changes)
+            # RECORD first: it may name files that are not there yet, and must not miss one.
+            written = [*([record] if record else []), *changes]
+            after: Files = {change.path: change.after for change in written}
+            before = {change.path: change.before for change in written}
+            self.transaction.begin(before, after, release=str(self.release.version))
             try:
-                for change in written:
-                    replace(self.root / change.path, change.after)
-                self._write_manifest(written, "applied")
+                self.transaction.put(after)
+                self.transaction.mark("applied")
             except BaseException:
-                self._restore()
+                self.transaction.take_back()
                 raise
-        except OSError as error:
-            raise OverlayError(
-                f"{self.root}: cannot be written to: {error}; nothing was changed"
-            ) from error
-        return changes
+            return changes
 
     def revert(self) -> list[str]:
         """Puts back the bytes that were there before `apply`. Returns the files' paths.
 
         Raises:
-            OverlayError: nothing was applied, a file was edited since, or the tree cannot be
-                written to.
+            OverlayError: nothing was applied, a file was edited since, the tree cannot be
+                written to, or another is at it.
         """
-        if not self.state.is_dir():
-            raise OverlayError(f"{self.root}: the overlay was not applied here (no {STATE})")
-        files = self._load()["files"]
-        for path, after in files.items():
-            original = self.state / "originals" / path
-            before = original.read_bytes() if original.exists() else None
-            file = self.root / path
-            if digest(file.read_bytes() if file.is_file() else None) not in (after, digest(before)):
-                raise OverlayError(
-                    f"{file}: edited since the overlay was applied; undo that edit first"
-                )
+        with self._writing():
+            if taken_back := self.transaction.recover():
+                return taken_back
+            if not self.transaction.manifest():
+                raise OverlayError(f"{self.root}: the overlay was not applied here (no {STATE})")
+            return self.transaction.take_back()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
-            self._write_manifest_status("reverting")
-            self._restore()
+            with locked(self.root):
+                yield
         except OSError as error:
-            raise OverlayError(f"{self.root}: cannot be written to: {error}") from error
-        return list(files)
-
-    def _put_aside(self, changes: list[Change]) -> None:
-        """Writes the originals down, whole or not at all."""
-        made = Path(tempfile.mkdtemp(prefix=f"{STATE}.", dir=self.root))
-        try:
-            (made / ".gitignore").write_text("*\n")
-            for change in changes:
-                if change.before is not None:
-                    original = made / "originals" / change.path
-                    original.parent.mkdir(parents=True, exist_ok=True)
-                    original.write_bytes(change.before)
-            self._write_manifest(changes, "applying", made)
-            made.chmod(0o755)
-            made.rename(self.state)
-        except BaseException:
-            shutil.rmtree(made)
-            raise
-
-    def _restore(self) -> None:
-        for path in self._load()["files"]:
-            original = self.state / "originals" / path
-            file = self.root / path
-            if original.exists():
-                replace(file, original.read_bytes())
-            else:
-                file.unlink(missing_ok=True)
-                for cached in (file.parent / "__pycache__").glob(f"{file.stem}.*.pyc"):
-                    cached.unlink()
-        shutil.rmtree(self.state)
+            manifest = self.transaction.manifest()
+            done = "call again, to finish or take back" if manifest else "nothing was changed"
+            raise OverlayError(f"{self.root}: cannot be written to: {error}; {done}") from error
 
     def _manifest(self) -> dict | None:
         """What was applied; None if nothing was.
@@ -227,29 +191,13 @@ class Tree:
         Raises:
             OverlayError: an `apply` or `revert` was interrupted.
         """
-        if not self.state.is_dir():
-            return None
-        manifest = self._load()
-        if manifest["status"] != "applied":
+        manifest = self.transaction.manifest()
+        if manifest and manifest["status"] != "applied":
             raise OverlayError(
                 f"{self.root}: interrupted while {manifest['status']} the overlay; "
-                "`revert` puts back what was there"
+                "`revert` puts back what was there, `apply` does it again"
             )
         return manifest
-
-    def _load(self) -> dict:
-        return json.loads((self.state / "manifest.json").read_text())
-
-    def _write_manifest(
-        self, changes: list[Change], status: str, folder: Path | None = None
-    ) -> None:
-        files = {change.path: digest(change.after) for change in changes}
-        manifest = {"release": str(self.release.version), "status": status, "files": files}
-        replace((folder or self.state) / "manifest.json", json.dumps(manifest, indent=2).encode())
-
-    def _write_manifest_status(self, status: str) -> None:
-        manifest = self._load() | {"status": status}
-        replace(self.state / "manifest.json", json.dumps(manifest, indent=2).encode())
 
     def _record(self, changes: list[Change]) -> Change | None:
         """The change that keeps an installation's RECORD true; None where there is none."""
@@ -294,21 +242,3 @@ def assigned(file: Path, name: str) -> object:
         ):
             return statement.value.value
     return None
-
-
-def replace(file: Path, data: bytes) -> None:
-    """Replaces a file's content at once. Never writes through: installers link files."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    try:
-        with os.fdopen(handle, "wb") as output:
-            output.write(data)
-            output.flush()
-            os.fsync(output.fileno())
-        if file.exists():
-            shutil.copymode(file, temporary)
-        else:
-            os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -1,0 +1,213 @@
+"""Files of a tree put in place all or none, whatever stops it: killed, no space, two at once.
+
+What a transaction needs lies in `.vllm-deepstack`, which comes and goes by a rename: the
+originals, and a manifest that says how far it is. Files of one folder change at once: a copy
+of the folder, of links, takes the folder's place in one system call. Where the file system
+cannot do that (overlayfs, for a folder of a lower layer), file after file is replaced, and a
+kill in between leaves some of them for the next call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+
+from . import OverlayError
+
+STATE = ".vllm-deepstack"
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+Files = dict[str, bytes | None]
+"""Contents by path in the tree; None for no file."""
+
+
+@contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """One at a time.
+
+    Raises:
+        OverlayError: another is at work.
+    """
+    handle = os.open(root, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise OverlayError(
+            f"{root}: another apply or revert is at work here; try again when it is done"
+        ) from None
+    finally:
+        os.close(handle)
+
+
+class Transaction:
+    """What was put in place of what, in a tree."""
+
+    def __init__(self, root: Path, digest: Callable[[bytes | None], str | None]):
+        self.root, self.folder, self.digest = root, root / STATE, digest
+
+    def manifest(self) -> dict | None:
+        file = self.folder / "manifest.json"
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    def original(self, path: str) -> bytes | None:
+        file = self.folder / "originals" / path
+        return file.read_bytes() if file.is_file() else None
+
+    def begin(self, before: Files, after: Files, **facts: str) -> None:
+        made = Path(tempfile.mkdtemp(prefix=f"{STATE}.", dir=self.root))
+        try:
+            (made / ".gitignore").write_text("*\n")
+            for path, data in before.items():
+                if data is not None:
+                    original = made / "originals" / path
+                    original.parent.mkdir(parents=True, exist_ok=True)
+                    original.write_bytes(data)
+            files = {path: self.digest(data) for path, data in after.items()}
+            manifest = {**facts, "status": "applying", "files": files}
+            (made / "manifest.json").write_text(json.dumps(manifest, indent=2))
+            made.chmod(0o755)
+            made.rename(self.folder)
+        except BaseException:
+            shutil.rmtree(made)
+            raise
+
+    def mark(self, status: str) -> None:
+        manifest = (self.manifest() or {}) | {"status": status}
+        data = json.dumps(manifest, indent=2).encode()
+        replace(self.folder / "manifest.json", data, self.root)
+
+    def put(self, files: Files) -> None:
+        """Folder by folder, in the order of `files`."""
+        for folder, paths in groupby(files, key=lambda path: str(Path(path).parent)):
+            here = {Path(path).name: files[path] for path in paths}
+            if len(here) == 1 or not self.swap(self.root / folder, here):
+                for name, data in here.items():
+                    place(self.root / folder / name, data, self.root)
+
+    def swap(self, folder: Path, files: Files) -> bool:
+        """Changes the files of a folder at once; False if that cannot be done here."""
+        copy = Path(tempfile.mkdtemp(prefix=f"{STATE}.", dir=self.root)) / folder.name
+        try:
+            shutil.copytree(folder, copy, symlinks=True, copy_function=link)
+            for name, data in files.items():
+                place(copy / name, data, self.root)
+            exchange(folder, copy)
+        except OSError as error:
+            if error.errno in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EPERM):
+                return False
+            raise
+        finally:
+            shutil.rmtree(copy.parent, ignore_errors=True)
+        return True
+
+    def take_back(self) -> list[str]:
+        """Puts the originals back. Returns the files' paths.
+
+        Raises:
+            OverlayError: a file is neither the original nor what was put there.
+        """
+        manifest = self.manifest()
+        assert manifest
+        before = {path: self.original(path) for path in manifest["files"]}
+        left = {}
+        for path, after in reversed(manifest["files"].items()):
+            now = self.now(path)
+            if now == self.digest(before[path]):
+                continue
+            if now != after:
+                raise OverlayError(
+                    f"{self.root / path}: edited since the overlay was applied; "
+                    "undo that edit first"
+                )
+            left[path] = before[path]
+        self.mark("reverting")
+        self.put(left)
+        self.end()
+        return list(before)
+
+    def now(self, path: str) -> str | None:
+        file = self.root / path
+        return self.digest(file.read_bytes() if file.is_file() else None)
+
+    def end(self) -> None:
+        """Removes the folder: at once, and then bit by bit."""
+        gone = Path(tempfile.mkdtemp(prefix=f"{STATE}.", dir=self.root))
+        self.folder.rename(gone / "done")
+        shutil.rmtree(gone)
+
+    def recover(self) -> list[str]:
+        """After a kill: finishes what was all in place, and takes back the rest.
+
+        Returns the paths of the files that it took back.
+        """
+        for left in self.root.glob(f"{STATE}.*"):
+            left.unlink() if left.is_file() else shutil.rmtree(left)
+        manifest = self.manifest()
+        if manifest is None or manifest["status"] == "applied":
+            return []
+        in_place = all(self.now(path) == after for path, after in manifest["files"].items())
+        if manifest["status"] == "applying" and in_place:
+            self.mark("applied")
+            return []
+        return self.take_back()
+
+
+def link(source: str, target: str) -> None:
+    """A second name for a file; a copy where there are no links."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Exchanges two folders, in one system call. Linux.
+
+    Raises:
+        OSError: the file system cannot (EXDEV, EINVAL), or the system cannot (ENOSYS).
+    """
+    sys.audit("tools.overlay.exchange", str(one), str(other))
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if renameat2(AT_FDCWD, bytes(one), AT_FDCWD, bytes(other), RENAME_EXCHANGE):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(one))
+
+
+def place(file: Path, data: bytes | None, scratch: Path) -> None:
+    """A file's content, or no file; and none of what Python compiled of another."""
+    if data is None:
+        file.unlink(missing_ok=True)
+    else:
+        replace(file, data, scratch)
+    for cached in (file.parent / "__pycache__").glob(f"{file.stem}.*.pyc"):
+        cached.unlink(missing_ok=True)
+
+
+def replace(file: Path, data: bytes, scratch: Path) -> None:
+    """Replaces a file's content at once, by way of another in `scratch`, which has to lie in
+    the same file system. Never writes through: installers link files."""
+    handle, temporary = tempfile.mkstemp(prefix=f"{STATE}.", dir=scratch)
+    try:
+        with os.fdopen(handle, "wb") as output:
+            output.write(data)
+            output.flush()
+            os.fsync(output.fileno())
+        if file.exists():
+            shutil.copymode(file, temporary)
+        else:
+            os.chmod(temporary, 0o644)
+        os.replace(temporary, file)
+    except BaseException:
+        os.unlink(temporary)
+        raise
