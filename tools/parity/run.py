@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -27,6 +28,9 @@ from .samples import Sample
 LOG_PREFIX = re.compile(r"^.*?\.py:\d+\] ")
 EXCEPTION = re.compile(r"(?:^|\] )((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)")
 ROOT = Path(__file__).resolve().parents[2]
+# vLLM picks a free port long before it listens there: engines that start at the same time are
+# given ports of their own, below those that the system deals out.
+PORTS = itertools.count(10_000 + os.getpid() % 400 * 50, 25)
 
 
 @dataclass
@@ -128,6 +132,7 @@ def engine_job(
     """An engine of the installed vLLM, or of the one in `tree`; on `cores` if there are any."""
     env = import_path(tree)
     env.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # a process less to import vLLM in
+    env.setdefault("VLLM_PORT", str(next(PORTS)))
     if cores:
         env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
     return Job(name, module, options, env, folder, suffix)
