@@ -1,16 +1,20 @@
 # The commands of the README. Everything that they make is below .venv/, build/ and dist/.
 PYTHON ?= $(shell command -v python3.11 || echo python3)
-VENV := .venv
+
+DEFAULT := $(shell sed -n 's/.*"default": "\(.*\)".*/\1/p' requirements/releases.json)
+RELEASE ?= $(DEFAULT)
+
+VENV := $(if $(filter $(DEFAULT),$(RELEASE)),.venv,build/env/$(RELEASE))
 PY := $(VENV)/bin/python
 UV := $(VENV)/bin/uv pip install --quiet --python $(PY)
 export HF_HUB_OFFLINE ?= 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 unexport PYTHONPATH
 
-RELEASE := $(shell sed -n 's/.*"default": "\(.*\)".*/\1/p' requirements/releases.json)
 SOURCES := setup.py pyproject.toml README.md requirements/releases.json $(shell find vllm tools -name '*.py')
 STOCK := build/stock/$(RELEASE)
 TINY := build/tiny/qwen3_vl
+PARITY := build/parity/$(RELEASE)
 ENGINE := --dtype float32 --max-model-len 512 --max-num-batched-tokens 512 --limit-mm-per-prompt '{"image": 2, "video": 0}'
 
 # The longest first; each folder's tests share what is costly.
@@ -32,32 +36,33 @@ help:
 	@echo 'make parity     compare compiled and eager, stock release and fork, on a tiny Qwen3-VL'
 	@echo 'make geo3k      accuracy on Geo3K-nano: Transformers, vLLM eager, stock, fork'
 	@echo 'make bench      speed of the tools and, where there is a GPU, of serving'
+	@echo '                …, install: of another release with RELEASE=0.21.0 (0.20.0 to 0.33.0)'
 	@echo 'make test       lint, and all tests that need no GPU'
 	@echo 'make test-fast  lint, and the tests that start no engine'
 
-$(VENV)/tools: requirements/tools.txt
-	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet uv
-	$(UV) -r requirements/tools.txt
+%/tools: requirements/tools.txt
+	$(PYTHON) -m venv $*
+	$*/bin/python -m pip install --quiet uv
+	$*/bin/uv pip install --quiet --python $*/bin/python -r requirements/tools.txt
 	touch $@
 
-wheel: $(VENV)/tools
-	$(PY) -m build --wheel --installer uv
+wheel: .venv/tools
+	VLLM_RELEASE=$(RELEASE) .venv/bin/python -m build --wheel --installer uv
 
-dist/.cpu: $(SOURCES) | $(VENV)/tools
-	rm -f dist/vllm-*cpu*.whl
-	VLLM_TARGET_DEVICE=cpu $(PY) -m build --wheel --installer uv
+dist/.cpu-$(RELEASE): $(SOURCES) | .venv/tools
+	rm -f dist/vllm-$(RELEASE)+*cpu*.whl
+	VLLM_TARGET_DEVICE=cpu VLLM_RELEASE=$(RELEASE) .venv/bin/python -m build --wheel --installer uv
 	touch $@
 
 # The wheel alone, from the package index: what a user gets.
-$(VENV)/vllm: dist/.cpu
+$(VENV)/vllm: dist/.cpu-$(RELEASE) $(VENV)/tools
 	$(UV) --reinstall-package vllm dist/vllm-$(RELEASE)+deepstack.*cpu*.whl
 	touch $@
 
-$(STOCK): | $(VENV)/tools
-	$(PY) -m tools.releases unpack cpu $(STOCK)
+$(STOCK): | .venv/tools
+	.venv/bin/python -m tools.releases unpack $(RELEASE) cpu $@
 
-$(TINY): $(VENV)/vllm tests/tiny_models.py
+$(TINY): tests/tiny_models.py | $(VENV)/vllm
 	$(PY) -m tests.tiny_models qwen3_vl $(TINY)
 	touch $@
 
@@ -65,9 +70,9 @@ install: $(VENV)/vllm $(STOCK)
 
 # The stock release diverges: that is the point, and no failure of this command.
 parity: install $(TINY)
-	$(PY) -m tools.parity --model $(TINY) $(ENGINE) --side-by-side --vllm $(STOCK) --json build/parity/stock.json || test $$? -eq 1
-	$(PY) -m tools.parity --model $(TINY) $(ENGINE) --side-by-side --json build/parity/fork.json || test $$? -eq 1
-	$(PY) -m tools.parity.report build/parity/stock.json build/parity/fork.json
+	$(PY) -m tools.parity --model $(TINY) $(ENGINE) --side-by-side --vllm $(STOCK) --json $(PARITY)/stock.json || test $$? -eq 1
+	$(PY) -m tools.parity --model $(TINY) $(ENGINE) --side-by-side --json $(PARITY)/fork.json || test $$? -eq 1
+	$(PY) -m tools.parity.report $(PARITY)/stock.json $(PARITY)/fork.json
 
 geo3k: install
 	$(PY) -m benchmarks.geo3k $(GEO3K) --runs eager transformers compiled@$(STOCK) compiled --output-dir build/geo3k/cpu
@@ -79,7 +84,7 @@ bench-tools: install $(TINY)
 	$(PY) -m $(SPEED).tools --tree $(STOCK) --model $(TINY) $(ENGINE) --side-by-side --output-dir build/speed
 
 $(CUDA)/stock:
-	$(PYTHON) -m tools.releases unpack cuda $@
+	$(PYTHON) -m tools.releases unpack $(RELEASE) cuda $@
 
 $(CUDA)/fork $(CUDA)/pr43617: | $(CUDA)/stock
 	rm -rf $@.part

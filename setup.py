@@ -1,7 +1,7 @@
 """A pinned vLLM release, merged with the overlay, as a wheel named `vllm`.
 
-VLLM_TARGET_DEVICE=cpu|cuda chooses the build; without it, what the machine has.
-VLLM_PRECOMPILED_WHEEL_LOCATION names a wheel of the release that is already at hand.
+VLLM_RELEASE=0.21.0 chooses the release, VLLM_TARGET_DEVICE=cpu|cuda the build; without it, what
+the machine has. VLLM_PRECOMPILED_WHEEL_LOCATION names a release's wheel that is already at hand.
 """
 
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from packaging.metadata import Metadata
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name, parse_wheel_filename
+from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 from packaging.version import Version
 from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -34,7 +34,22 @@ from tools.overlay.tree import Tree  # noqa: E402
 
 REVISION = 1  # of the fork, for one and the same release of vLLM
 BUILD = HERE / "build"
-RELEASE = releases.default()
+
+
+def chosen_release() -> releases.Release:
+    named = os.environ.get("VLLM_RELEASE")
+    location = os.environ.get("VLLM_PRECOMPILED_WHEEL_LOCATION")
+    try:
+        if named or not location:
+            return releases.known(named) if named else releases.default()
+        return releases.known(parse_wheel_filename(Path(location).name)[1].public)
+    except InvalidWheelFilename:
+        raise PlatformError(
+            f"VLLM_PRECOMPILED_WHEEL_LOCATION={location}: is no wheel of vLLM"
+        ) from None
+    except releases.ReleaseError as error:
+        what = "VLLM_RELEASE" if named else "VLLM_PRECOMPILED_WHEEL_LOCATION"
+        raise PlatformError(f"{what}: {error}") from None
 
 
 def target_device() -> str:
@@ -57,6 +72,7 @@ def target_device() -> str:
     return device or ("cuda" if Path("/proc/driver/nvidia/version").exists() else "cpu")
 
 
+RELEASE = chosen_release()
 DEVICE = target_device()
 # vLLM takes a build for a CPU build if its version contains `cpu`.
 VERSION = Version(f"{RELEASE.version}+deepstack.{REVISION}{'.cpu' if DEVICE == 'cpu' else ''}")

@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 from hypothesis import Phase, settings
+from packaging.specifiers import SpecifierSet
 
 from tools import releases
+from tools.overlay import OverlayError
+from tools.overlay.__main__ import installed
+from tools.overlay.status import read_version
 
 BUILD = releases.ROOT / "build"
 PR43617 = releases.ROOT / "tests" / "pr43617"
@@ -26,7 +30,27 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_report_header(config):
+    try:
+        return f"vLLM {read_version(installed())} in {installed()}"
+    except OverlayError:
+        return "no vLLM is installed"
+
+
+def in_release(item) -> bool:
+    """Whether a test is about the release that is imported."""
+    ranges = [mark.args[0] for mark in item.iter_markers("release")]
+    version = read_version(installed()) if ranges else None
+    return all(version in SpecifierSet(text) for text in ranges)
+
+
+def deselect(config, items, kept) -> None:
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
 def pytest_collection_modifyitems(config, items):
+    deselect(config, items, {item for item in items if in_release(item)})
     if variant := config.getoption("--bites"):
         bite = {
             item
@@ -35,8 +59,7 @@ def pytest_collection_modifyitems(config, items):
         }
         for item in bite:
             item.add_marker(pytest.mark.xfail(strict=True))
-        config.hook.pytest_deselected(items=[item for item in items if item not in bite])
-        items[:] = [item for item in items if item in bite]
+        deselect(config, items, bite)
 
 
 def missing_gpus(item) -> int:
@@ -75,13 +98,13 @@ def release_sources(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def unpacked():
-    """Releases for the CPU, unpacked: `unpacked("0.22.1")`. Not to be written to."""
+    """Releases, for the CPU if there is such: `unpacked("0.22.1")`. Not to be written to."""
 
     def unpack(version: str) -> Path:
-        tree = BUILD / "stock" / version
+        tree, release = BUILD / "stock" / version, releases.known(version)
         if not tree.exists():
-            wheel = releases.known(version).fetch("cpu", BUILD / "releases")
-            releases.unpack(wheel, tree)
+            device = "cpu" if release.wheels["cpu"] else "cuda"
+            releases.unpack(release.fetch(device, BUILD / "releases"), tree)
         return tree
 
     return unpack

@@ -1,10 +1,11 @@
 """The vLLM releases that the fork knows: their wheels and sources, pinned by hash.
 
-    python -m tools.releases pin 0.34.0           add a release to requirements/releases.json
-    python -m tools.releases unpack cpu FOLDER    the release that the fork is built on, as it is
+    python -m tools.releases pin 0.34.0                  add it to requirements/releases.json
+    python -m tools.releases unpack 0.22.1 cpu FOLDER    a release as it is
 
-The table's `requires` are corrections of a release's own metadata, kept by hand: without
-them the release does not install from the package index, or does not start.
+The table's `requires` are corrections of a release's own metadata: without them the release does
+not install from the package index, or does not start. `pin` finds the PyTorch that is there for
+the CPU; the rest is kept by hand.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from email import message_from_bytes
 from pathlib import Path
 
+from packaging.requirements import Requirement
 from packaging.utils import parse_wheel_filename
 from packaging.version import Version
 
@@ -198,10 +201,27 @@ def pin(version: str) -> None:
                         raise ReleaseError(
                             f"{path} differs between the CPU and the CUDA wheel of {version}"
                         )
+    if entry["wheels"]["cpu"]:
+        found = pytorch(version)
+        kept = [r for r in entry["requires"].get("cpu", ()) if Requirement(r).name not in found]
+        entry["requires"]["cpu"] = [*found.values(), *kept]
     if not entry["sources"]:
         raise ReleaseError(f"the package index has no vLLM {version}")
     table["releases"] = dict(sorted(table["releases"].items(), key=lambda item: Version(item[0])))
     TABLE.write_text(json.dumps(table, indent=2) + "\n")
+
+
+def pytorch(version: str) -> dict[str, str]:
+    """The PyTorch that a release's CUDA wheel asks for, by name. The CPU's asks for a build that
+    is not on the package index, and of torchvision for any."""
+    from remotezip import RemoteZip
+
+    names = ("torch", "torchaudio", "torchvision")
+    with RemoteZip(index_files("cuda", version)[-1][1]) as wheel:
+        (path,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+        metadata = message_from_bytes(wheel.read(path))
+    found = [Requirement(text) for text in metadata.get_all("Requires-Dist", [])]
+    return {r.name: str(r) for r in found if r.name in names and not r.marker}
 
 
 def main() -> None:
@@ -210,13 +230,14 @@ def main() -> None:
     )
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("pin", help="add releases to the table").add_argument("version", nargs="+")
-    get = verbs.add_parser("unpack", help="unpack the release that the fork is built on")
+    get = verbs.add_parser("unpack", help="unpack a release, as it is")
+    get.add_argument("version")
     get.add_argument("device", choices=DISTRIBUTIONS)
     get.add_argument("folder", type=Path)
     args = parser.parse_args()
     try:
         if args.verb == "unpack":
-            unpack(default().fetch(args.device, ROOT / "build" / "releases"), args.folder)
+            unpack(known(args.version).fetch(args.device, ROOT / "build" / "releases"), args.folder)
         else:
             for version in args.version:
                 print(f"pinning {version}")

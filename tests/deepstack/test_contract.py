@@ -1,6 +1,6 @@
 """The buffers' contract, on vLLM's own model classes.
 
-`test_bites.py` runs this folder on broken variants of vLLM: tests marked `bites` fail there.
+`test_releases.py` runs this folder on broken variants of vLLM: tests marked `bites` fail there.
 """
 
 from __future__ import annotations

@@ -45,9 +45,9 @@ def uv(*arguments: object) -> subprocess.CompletedProcess[str]:
 def wheel(request, tmp_path_factory) -> tuple[str, Path]:
     """(device, wheel): the CPU's by make; CUDA's by pip, without a network."""
     if request.param == "cpu":
-        done = run("make", "dist/.cpu")
+        done = run("make", f"dist/.cpu-{RELEASE.version}")
         assert done.returncode == 0, done.stdout + done.stderr
-        (built,) = (ROOT / "dist").glob("vllm-*cpu*.whl")
+        (built,) = (ROOT / "dist").glob(f"vllm-{RELEASE.version}+*cpu*.whl")
         return "cpu", built
     out = tmp_path_factory.mktemp("dist")
     location = str(RELEASE.fetch("cuda", ROOT / "build/releases"))

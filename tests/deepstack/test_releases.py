@@ -1,0 +1,94 @@
+"""On other vLLMs than the installed one: the contract holds on every release with the fork; and
+the tests that are said to bite fail where they should, on vLLM as released and with
+vllm-project/vllm#43617 alone. A test that cannot fail shows nothing."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import PR43617
+from tools import releases
+from tools.overlay.tree import Tree
+
+DEFAULT = str(releases.default().version)
+OTHERS = [str(version) for version in releases.releases() if str(version) != DEFAULT]
+FILES = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("contract", "staging", "steps")]
+# What vLLM imports, imported once: each release's tests run in a fork of that process.
+PRELOAD = ["torch._inductor", "transformers", "scipy.stats", "torchvision", "torchaudio", "openai"]
+PRELOAD += ["fastapi", "xgrammar", "cv2", "aiohttp", "grpc", "opentelemetry.trace", "hypothesis"]
+
+
+@pytest.fixture(scope="module")
+def run_tests(tmp_path_factory):
+    """Runs this folder's tests on the vLLM in a tree: (exit code, output)."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+
+    def run(tree: Path, *options: str) -> tuple[int, str]:
+        log = tmp_path_factory.mktemp("log") / "pytest.log"
+        process = context.Process(target=run_pytest, args=(tree, log, options))
+        process.start()
+        process.join()
+        assert process.exitcode is not None
+        output = log.read_text()
+        assert f" in {tree}" in output  # conftest.py says what is tested
+        return process.exitcode, output
+
+    return run
+
+
+def run_pytest(tree: Path, log: Path, options: tuple[str, ...]) -> None:
+    with log.open("w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    sys.path.insert(0, str(tree))
+    # A release for CUDA runs these tests as well; the newest one has no other.
+    os.environ["VLLM_TARGET_DEVICE"] = "cpu"
+    os.chdir(releases.ROOT)
+    sys.exit(pytest.main(["-rX", "-p", "no:cacheprovider", "-p", "no:xdist", *options, *FILES]))
+
+
+def patched(tree: Path, folder: Path, *overlay: Path) -> Path:
+    copy = shutil.copytree(tree, folder / "patched", copy_function=os.link)
+    Tree(copy, *overlay).apply()
+    return copy
+
+
+def count(output: str, outcome: str) -> int:
+    found = re.search(rf"(\d+) {outcome}\b", output)
+    return int(found[1]) if found else 0
+
+
+@pytest.mark.parametrize("version", OTHERS)
+def test_contract_holds_on(version, run_tests, unpacked, tmp_path):
+    """The merged files compile, they import, and the mixin's tests pass."""
+    code, output = run_tests(patched(unpacked(version), tmp_path))
+    assert code == 0, output
+    assert f"vLLM {version} in" in output
+    assert count(output, "passed") >= 75
+
+
+@pytest.mark.parametrize(
+    "variant, version, fail",
+    [
+        ("stock", DEFAULT, 43),
+        ("pr43617", DEFAULT, 38),
+        ("pr43617", "0.32.0", 36),  # which has that change
+        ("0.20.1", "0.20.1", 2),
+    ],
+)
+def test_broken_variants_break_the_contract(variant, version, fail, run_tests, unpacked, tmp_path):
+    """Strictly: a test that passes there is a failure."""
+    tree = unpacked(version)
+    if (variant, version) == ("pr43617", DEFAULT):
+        tree = patched(tree, tmp_path, PR43617)
+    code, output = run_tests(tree, "--bites", variant, "--hypothesis-profile=unshrunk")
+    assert code == 0, output
+    assert count(output, "xfailed") >= fail
