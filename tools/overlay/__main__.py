@@ -10,14 +10,14 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from . import OverlayError
+from . import PROGRAM, OverlayError
 from .status import UNKNOWN, status
 from .tree import OVERLAY, Tree
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.overlay",
+        prog=PROGRAM,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

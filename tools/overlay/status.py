@@ -8,9 +8,8 @@ from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
 
-from tools import releases
-
-from . import OverlayError
+from .. import releases
+from . import PROGRAM, OverlayError
 from .defects import DEFECTS, MIXIN, MODELS, Unreadable
 from .tree import OVERLAY, STATE, Tree, assigned
 
@@ -46,7 +45,7 @@ class Status:
         if self.problem:
             lines.append(f"cannot tell: {self.problem}")
         elif self.code == AFFECTED:
-            lines.append(f"affected; to mend it: python -m tools.overlay apply {self.tree}")
+            lines.append(f"affected; to mend it: {PROGRAM} apply {self.tree}")
         else:
             lines.append("clean")
         return "\n".join(lines)

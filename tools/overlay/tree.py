@@ -15,8 +15,7 @@ from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
 
-from tools import releases
-
+from .. import releases
 from . import OverlayError
 from .merge import merge
 from .transaction import STATE, Files, Transaction, locked
