@@ -18,7 +18,7 @@ PARITY := build/parity/$(RELEASE)
 ENGINE := --dtype float32 --max-model-len 512 --max-num-batched-tokens 512 --limit-mm-per-prompt '{"image": 2, "video": 0}'
 
 # The longest first; each folder's tests share what is costly.
-FAST := $(addprefix tests/,wheel deepstack overlay parity speed geo3k)
+FAST := $(addprefix tests/,deepstack wheel pull_request overlay parity speed geo3k)
 
 NANO := benchmarks/geo3k_nano
 GEO3K := --model $(NANO)/model --dataset $(NANO)/data --dtype float32 --max-model-len 512 --max-num-batched-tokens 2048 --gpu-memory-utilization 0.4 --limit-mm-per-prompt '{"image": 1, "video": 0}'
@@ -29,14 +29,16 @@ SPEED := benchmarks.speed
 VLLMS := --vllm stock=$(CUDA)/stock pr43617=$(CUDA)/pr43617 fork=$(CUDA)/fork
 SERVED := --eager fork --gpu-memory-utilization 0.1
 
-.PHONY: help wheel install parity geo3k bench bench-tools bench-gpu test test-fast lint clean
+.PHONY: help wheel install overlay pr parity geo3k bench bench-tools bench-gpu test test-fast lint clean
 
 help:
 	@echo 'make wheel      build the fork: a vllm wheel in dist/ (VLLM_TARGET_DEVICE=cpu|cuda)'
+	@echo 'make overlay    build vllm-deepstack in dist/: patches an installed vLLM, without a clone'
+	@echo 'make pr         write the pull request to vLLM: patches and text in build/pr/'
 	@echo 'make parity     compare compiled and eager, stock release and fork, on a tiny Qwen3-VL'
 	@echo 'make geo3k      accuracy on Geo3K-nano: Transformers, vLLM eager, stock, fork'
 	@echo 'make bench      speed of the tools and, where there is a GPU, of serving'
-	@echo '                …, install: of another release with RELEASE=0.21.0 (0.20.0 to 0.33.0)'
+	@echo '                (wheel, pr, parity: of another release with RELEASE=0.20.0 to 0.33.0)'
 	@echo 'make test       lint, and all tests that need no GPU'
 	@echo 'make test-fast  lint, and the tests that start no engine'
 
@@ -48,6 +50,12 @@ help:
 
 wheel: .venv/tools
 	VLLM_RELEASE=$(RELEASE) .venv/bin/python -m build --wheel --installer uv
+
+overlay: .venv/tools
+	.venv/bin/python -m build --wheel --installer uv --outdir dist tools/overlay
+
+pr: .venv/tools
+	.venv/bin/python -m tools.pull_request $(RELEASE)
 
 dist/.cpu-$(RELEASE): $(SOURCES) | .venv/tools
 	rm -f dist/vllm-$(RELEASE)+*cpu*.whl

@@ -17,14 +17,19 @@ import os
 import platform
 import subprocess
 import sys
+import tarfile
 import tempfile
 from dataclasses import dataclass
 from email import message_from_bytes
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
 from packaging.utils import parse_wheel_filename
 from packaging.version import Version
+
+if TYPE_CHECKING:
+    from pypi_simple import PyPISimple
 
 # The folder that has vllm/ and requirements/: the repository, or what was installed of it.
 ROOT = next(
@@ -48,6 +53,8 @@ class Release:
     """The sha256 of the files that the overlay changes, by path."""
     requires: dict[str, list[str]]
     """Per device, requirements that replace the metadata's own."""
+    sdist: dict[str, str]
+    """The sha256 of the source distribution by its file name."""
 
     def wheel(self, device: str) -> str:
         """The file name of the wheel for a device and this machine.
@@ -165,12 +172,38 @@ def fetch_sources(release: Release, folder: Path) -> None:
             file.write_bytes(data)
 
 
-def index_files(device: str, version: str) -> list[tuple[str, str, str]]:
-    """(file name, URL, sha256) of a release's Linux wheels on the package index."""
+def unpack_sources(release: Release, folder: Path) -> Path:
+    """The release's source distribution, unpacked to `folder/vllm-…`. Hash-checked."""
+    from pypi_simple import tqdm_progress_factory
+
+    ((name, digest),) = release.sdist.items()
+    tree = folder / name.removesuffix(".tar.gz")
+    if tree.exists():
+        return tree
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary, package_index() as index:
+        archive = Path(temporary) / name
+        packages = index.get_project_page("vllm").packages
+        (package,) = [p for p in packages if p.filename == name]
+        index.download_package(package, archive, progress=tqdm_progress_factory(leave=False))
+        if sha256(archive.read_bytes()) != digest:
+            raise ReleaseError(f"{package.url} is not as pinned: its sha256 differs")
+        with tarfile.open(archive) as tar:
+            tar.extractall(temporary, filter="data")
+        (Path(temporary) / tree.name).rename(tree)
+    return tree
+
+
+def package_index() -> PyPISimple:
     from pypi_simple import ACCEPT_JSON_PREFERRED, PyPISimple
 
     endpoint = os.environ.get("PIP_INDEX_URL") or "https://pypi.org/simple/"
-    with PyPISimple(endpoint, accept=ACCEPT_JSON_PREFERRED) as index:
+    return PyPISimple(endpoint, accept=ACCEPT_JSON_PREFERRED)
+
+
+def index_files(device: str, version: str) -> list[tuple[str, str, str]]:
+    """(file name, URL, sha256) of a release's Linux wheels on the package index."""
+    with package_index() as index:
         page = index.get_project_page(DISTRIBUTIONS[device])
     found: dict[str, tuple[tuple[int, str] | tuple[()], str, str, str]] = {}
     for package in page.packages:
@@ -204,6 +237,12 @@ def pin(version: str) -> None:
                         raise ReleaseError(
                             f"{path} differs between the CPU and the CUDA wheel of {version}"
                         )
+    with package_index() as index:
+        entry["sdist"] = {
+            package.filename: package.digests["sha256"]
+            for package in index.get_project_page("vllm").packages
+            if package.package_type == "sdist" and package.version == version
+        }
     if entry["wheels"]["cpu"]:
         found = pytorch(version)
         kept = [r for r in entry["requires"].get("cpu", ()) if Requirement(r).name not in found]

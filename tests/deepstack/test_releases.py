@@ -19,7 +19,9 @@ from tools.overlay.tree import Tree
 
 DEFAULT = str(releases.default().version)
 OTHERS = [str(version) for version in releases.releases() if str(version) != DEFAULT]
-FILES = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("contract", "staging", "steps")]
+FILES = [
+    str(Path(__file__).with_name(f"test_{name}.py")) for name in ("contract", "staging", "steps")
+]
 # What vLLM imports, imported once: each release's tests run in a fork of that process.
 PRELOAD = ["torch._inductor", "transformers", "scipy.stats", "torchvision", "torchaudio", "openai"]
 PRELOAD += ["fastapi", "xgrammar", "cv2", "aiohttp", "grpc", "opentelemetry.trace", "hypothesis"]

@@ -1,0 +1,131 @@
+"""The pull request's description: upstream's own template, filled in."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from benchmarks.speed import page
+from tools import releases
+
+from . import PullRequestError
+from .series import TEST, affected
+
+RESULTS = releases.ROOT / "benchmarks"
+ACCURACY = ("geo3k/results/cpu-float32/report.json", "geo3k/results/h200-bfloat16/report.json")
+SPEED = "speed/results/h200/serving-qwen3_vl_8b.json"
+
+DROPPED = """\
+Compiled Qwen3-VL and Qwen3-Omni drop DeepStack features, and every answer about an image comes
+from a crippled model (#43602). This is the change of #43617, without the defect that it brought:
+features that outlive their step. It does not touch what #44264 and #43272 mend.
+"""
+LINGERING = """\
+DeepStack features outlive their step where a full CUDA graph replays: one request's image is added
+to the decoding of whatever requests sit in its rows later. Follows #43617 (#43602); also mends
+#44384.
+"""
+CLAIMS = """\
+- A step's features are gone at the next step, whatever graphs ran: the buffers are cleared where
+  Python runs at every step, in `embed_input_ids`, and not in `forward` alone.
+- Reading gives the decoder the same inputs at every step, and captured graphs go on showing what is
+  staged after the buffers have grown.
+- A padded step that outgrows the buffers keeps its payload; a shorter payload leaves nothing of a
+  longer one; buffers follow the decoder's device and dtype; dual-batch overlap's micro-batches read
+  their own rows.
+- Image rows alone are written and cleared: no dense `[tokens, levels × hidden]` tensor.
+"""
+SEEN = """\
+Seen on the released 0.25.1 on an H100 in bfloat16: `max_num_batched_tokens=64` and a prompt of 65
+tokens that ends in its image, so that the last image token is scheduled alone. Logits (scale about 3)
+of that request are 3.9 to 4.6 off eager's from the second token on, and those of the text request
+that follows it 1.0 to 3.3; with this change 0.05.
+"""
+DETAILS = """\
+The image token that is scheduled alone makes a uniform decode batch of the step, which replays a full
+CUDA graph. `_clear_deepstack_input_embeds` is Python in `forward`, and does not run; the buffers keep
+the payload, and every later replay adds it.
+
+The two models had the buffers twice; a mixin, `DeepStackMixin`, has them now, and the next DeepStack
+model need not copy them. Outgrown buffers are kept for the graphs that were captured with them;
+growing at least doubles, so they are few. Models without a vision tower have no buffers, and are given
+`None` as before.
+"""
+ASSISTED = """\
+AI assistance was used. Whoever submits this has to have read every line and run the tests, and has to
+look for open pull requests on the same defects first (`gh pr list --repo vllm-project/vllm --state open
+--search "deepstack"`).
+"""
+
+
+def text(release: releases.Release, template: str) -> str:
+    """The template with its sections filled.
+
+    Raises:
+        PullRequestError: the template has a section that is not known here.
+    """
+    overview = DROPPED if affected(release) else LINGERING
+    commands = f"```bash\npytest {TEST}\n```\n\nNeeds no GPU. {not_without(release)}"
+    # The first three are the template's until 0.31 or so, the others the later one's.
+    sections = {
+        "Purpose": f"{overview}\n{CLAIMS}\n{DETAILS}\n{ASSISTED}",
+        "Test Plan": commands,
+        "Test Result": evidence(release),
+        "Overview": overview,
+        "Claims": CLAIMS,
+        "Validation": f"{commands}\n{evidence(release)}",
+        "Details": f"{DETAILS}\n{ASSISTED}",
+    }
+    found = re.findall(r"^## (.+)$", template, re.MULTILINE)
+    if not found or not set(found) <= set(sections):
+        raise PullRequestError(
+            f"vLLM {release.version}: its pull request template has the sections {found}; "
+            f"tools/pull_request/text.py fills {list(sections)}"
+        )
+    return re.sub(
+        r"^## (.+)\n(?:\s*<!--.*-->\n)?",
+        lambda match: f"## {match[1]}\n\n{sections[match[1].strip()]}",
+        template,
+        flags=re.MULTILINE,
+    )
+
+
+def not_without(release: releases.Release) -> str:
+    return (
+        "Of these, the tests of the contract fail without the first commit, and those of the step "
+        "without the second."
+        if affected(release)
+        else "Without the first two commits "
+        "`test_features_end_with_their_step` and four others fail for both models."
+    )
+
+
+def evidence(release: releases.Release) -> str:
+    parts = [
+        "" if affected(release) else SEEN,
+        "Accuracy of 600 questions about a diagram, greedy, with a small Qwen3-VL trained for them "
+        "(`pr43617` is #43617's change alone; `fork` is this change):\n",
+        *(accuracy(json.loads((RESULTS / file).read_text())) for file in ACCURACY),
+        "Speed with random weights in Qwen3-VL-8B's shape, engines in turn, medians, and the ratio "
+        "to the first with its spread:\n",
+        page.serving(json.loads((RESULTS / SPEED).read_text())),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def accuracy(report: dict[str, Any]) -> str:
+    rows = [
+        [
+            run["run"].partition("@")[0],
+            run["software"],
+            f"{run['accuracy']:.3f}",
+            "–".join(f"{bound:.3f}" for bound in run["interval_95"]),
+        ]
+        for run in report["runs"]
+    ]
+    machine, dtype = report["machine"], report["runs"][0]["dtype"]
+    where = ", ".join(dict.fromkeys(machine["gpus"])) or f"{machine['cores']} CPU cores"
+    table = page.table([f"{where}, {dtype}", "", "accuracy", "95 %"], rows)
+    return f"{table}"
