@@ -11,6 +11,8 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 unexport PYTHONPATH
 
+FORK := $(shell sed -n 's/^__version__ = "\(.*\)".*/\1/p' tools/overlay/__init__.py)
+BUILD := VLLM_RELEASE=$(RELEASE) .venv/bin/python -m build --wheel --installer uv
 SOURCES := setup.py pyproject.toml README.md requirements/releases.json $(shell find vllm tools -name '*.py')
 STOCK := build/stock/$(RELEASE)
 TINY := build/tiny/qwen3_vl
@@ -23,13 +25,15 @@ FAST := $(addprefix tests/,deepstack wheel pull_request overlay parity speed geo
 NANO := benchmarks/geo3k_nano
 GEO3K := --model $(NANO)/model --dataset $(NANO)/data --dtype float32 --max-model-len 512 --max-num-batched-tokens 2048 --gpu-memory-utilization 0.4 --limit-mm-per-prompt '{"image": 1, "video": 0}'
 
-# On a GPU, with a Python that has the CUDA release's requirements and requirements/tools.txt.
+# For a GPU: the CUDA wheel, made here or at hand in dist/, in an environment of its own.
 CUDA := build/cuda/$(RELEASE)
+GPU := build/env/cuda-$(RELEASE)
+GPU_PY := $(GPU)/bin/python
 SPEED := benchmarks.speed
 VLLMS := --vllm stock=$(CUDA)/stock pr43617=$(CUDA)/pr43617 fork=$(CUDA)/fork
 SERVED := --eager fork --gpu-memory-utilization 0.1
 
-.PHONY: help wheel install overlay pr parity geo3k bench bench-tools bench-gpu test test-fast lint clean
+.PHONY: help wheel install overlay pr parity geo3k bench bench-tools bench-gpu test test-fast test-unit test-engines test-gpu test-two-gpus release pipeline lint clean
 
 help:
 	@echo 'make wheel      build the fork: a vllm wheel in dist/ (VLLM_TARGET_DEVICE=cpu|cuda)'
@@ -41,6 +45,8 @@ help:
 	@echo '                (wheel, pr, parity: of another release with RELEASE=0.20.0 to 0.33.0)'
 	@echo 'make test       lint, and all tests that need no GPU'
 	@echo 'make test-fast  lint, and the tests that start no engine'
+	@echo 'make test-gpu   the tests that need one; test-two-gpus: those that need two'
+	@echo 'make release    all wheels of all releases, in dist/'
 
 %/tools: requirements/tools.txt
 	$(PYTHON) -m venv $*
@@ -49,7 +55,7 @@ help:
 	touch $@
 
 wheel: .venv/tools
-	VLLM_RELEASE=$(RELEASE) .venv/bin/python -m build --wheel --installer uv
+	$(BUILD)
 
 overlay: .venv/tools
 	.venv/bin/python -m build --wheel --installer uv --outdir dist tools/overlay
@@ -57,14 +63,23 @@ overlay: .venv/tools
 pr: .venv/tools
 	.venv/bin/python -m tools.pull_request $(RELEASE)
 
-dist/.cpu-$(RELEASE): $(SOURCES) | .venv/tools
-	rm -f dist/vllm-$(RELEASE)+*cpu*.whl
-	VLLM_TARGET_DEVICE=cpu VLLM_RELEASE=$(RELEASE) .venv/bin/python -m build --wheel --installer uv
+# WHEEL=at-hand: what lies in dist/ is taken, and not built anew.
+ifeq ($(WHEEL),at-hand)
+dist/.%-$(RELEASE):
 	touch $@
+else
+dist/.%-$(RELEASE): $(SOURCES) | .venv/tools
+	VLLM_TARGET_DEVICE=$* $(BUILD)
+	touch $@
+endif
 
 # The wheel alone, from the package index: what a user gets.
 $(VENV)/vllm: dist/.cpu-$(RELEASE) $(VENV)/tools
-	$(UV) --reinstall-package vllm dist/vllm-$(RELEASE)+deepstack.*cpu*.whl
+	$(UV) --reinstall-package vllm dist/vllm-$(RELEASE)+deepstack.$(FORK).cpu-*.whl
+	touch $@
+
+$(GPU)/vllm: dist/.cuda-$(RELEASE) $(GPU)/tools
+	$(GPU)/bin/uv pip install --quiet --python $(GPU_PY) --reinstall-package vllm dist/vllm-$(RELEASE)+deepstack.$(FORK)-*.whl
 	touch $@
 
 $(STOCK): | .venv/tools
@@ -91,31 +106,49 @@ bench: bench-tools $(if $(shell command -v nvidia-smi),bench-gpu)
 bench-tools: install $(TINY)
 	$(PY) -m $(SPEED).tools --tree $(STOCK) --model $(TINY) $(ENGINE) --side-by-side --output-dir build/speed
 
-$(CUDA)/stock:
-	$(PYTHON) -m tools.releases unpack $(RELEASE) cuda $@
+$(CUDA)/stock: | .venv/tools
+	.venv/bin/python -m tools.releases unpack $(RELEASE) cuda $@
 
 $(CUDA)/fork $(CUDA)/pr43617: | $(CUDA)/stock
 	rm -rf $@.part
 	cp -al $(CUDA)/stock $@.part
-	$(PYTHON) -m tools.overlay apply $@.part $(if $(filter %pr43617,$@),--overlay tests/pr43617)
+	.venv/bin/python -m tools.overlay apply $@.part $(if $(filter %pr43617,$@),--overlay tests/pr43617)
 	mv $@.part $@
 
-bench-gpu: $(CUDA)/fork $(CUDA)/pr43617
-	$(PYTHON) -m $(SPEED).deepstack $(wordlist 1,1,$(VLLMS)) $(wordlist 3,4,$(VLLMS)) --output-dir build/speed
-	$(PYTHON) -m $(SPEED).serving --model qwen3_vl_2b $(VLLMS) $(SERVED) --kv-cache-memory-bytes 6442450944 --starts 2 --output-dir build/speed
-	$(PYTHON) -m $(SPEED).serving --model qwen3_vl_8b $(VLLMS) $(SERVED) --kv-cache-memory-bytes 8589934592 --output-dir build/speed
-	$(PYTHON) -m $(SPEED).serving --model qwen3_omni $(VLLMS) $(SERVED) --kv-cache-memory-bytes 3221225472 --mm-encoder-attn-backend TORCH_SDPA --output-dir build/speed
+bench-gpu: $(GPU)/vllm $(CUDA)/fork $(CUDA)/pr43617
+	$(GPU_PY) -m $(SPEED).deepstack $(wordlist 1,1,$(VLLMS)) $(wordlist 3,4,$(VLLMS)) --output-dir build/speed
+	$(GPU_PY) -m $(SPEED).serving --model qwen3_vl_2b $(VLLMS) $(SERVED) --kv-cache-memory-bytes 6442450944 --starts 2 --output-dir build/speed
+	$(GPU_PY) -m $(SPEED).serving --model qwen3_vl_8b $(VLLMS) $(SERVED) --kv-cache-memory-bytes 8589934592 --output-dir build/speed
+	$(GPU_PY) -m $(SPEED).serving --model qwen3_omni $(VLLMS) $(SERVED) --kv-cache-memory-bytes 3221225472 --mm-encoder-attn-backend TORCH_SDPA --output-dir build/speed
 
 lint: $(VENV)/tools
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-test-fast: lint install
+test-unit: install
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not engine and not gpu' $(FAST) tests
 
-test: test-fast
+test-engines: install
 	$(PY) -m pytest -m 'engine and not gpu'
+
+test-fast: lint test-unit
+
+test: test-fast test-engines
+
+test-gpu: $(GPU)/vllm
+	$(GPU_PY) -m pytest -m gpu
+
+test-two-gpus: $(GPU)/vllm
+	$(GPU_PY) -m pytest -m gpu -k sharded
+
+release: overlay
+	set -e; for device in cpu cuda; do for release in $$(.venv/bin/python -m tools.releases list $$device); do \
+		$(MAKE) wheel RELEASE=$$release VLLM_TARGET_DEVICE=$$device; done; done
+	cd dist && sha256sum *.whl > SHA256SUMS
+
+pipeline: .venv/tools
+	@.venv/bin/python .buildkite/pipeline.py
 
 clean:
 	rm -rf build dist

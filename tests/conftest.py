@@ -40,8 +40,8 @@ def pytest_report_header(config):
 def in_release(item) -> bool:
     """Whether a test is about the release that is imported."""
     ranges = [mark.args[0] for mark in item.iter_markers("release")]
-    version = read_version(installed()) if ranges else None
-    return all(version in SpecifierSet(text) for text in ranges)
+    version = str(read_version(installed())) if ranges else ""
+    return all(SpecifierSet(text).contains(version) for text in ranges)
 
 
 def deselect(config, items, kept) -> None:

@@ -1,6 +1,7 @@
 """The vLLM releases that the fork knows: their wheels and sources, pinned by hash.
 
     python -m tools.releases pin 0.34.0                  add it to requirements/releases.json
+    python -m tools.releases list cuda                   those that have a wheel for a device
     python -m tools.releases unpack 0.22.1 cpu FOLDER    a release as it is
 
 The table's `requires` are corrections of a release's own metadata: without them the release does
@@ -272,13 +273,17 @@ def main() -> None:
     )
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("pin", help="add releases to the table").add_argument("version", nargs="+")
+    every = verbs.add_parser("list", help="the releases that have a wheel for a device")
+    every.add_argument("device", choices=DISTRIBUTIONS)
     get = verbs.add_parser("unpack", help="unpack a release, as it is")
     get.add_argument("version")
     get.add_argument("device", choices=DISTRIBUTIONS)
     get.add_argument("folder", type=Path)
     args = parser.parse_args()
     try:
-        if args.verb == "unpack":
+        if args.verb == "list":
+            print(*(v for v, release in releases().items() if release.wheels[args.device]))
+        elif args.verb == "unpack":
             unpack(known(args.version).fetch(args.device, ROOT / "build" / "releases"), args.folder)
         else:
             for version in args.version:

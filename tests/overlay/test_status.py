@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -165,3 +167,35 @@ def test_no_vllm(tmp_path, capsys):
     assert "missing" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["apply", str(tmp_path), "--json"])
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_compiled_graphs_from_before_the_patch(release_sources, monkeypatch, tmp_path, when):
+    """Said only where vLLM would take them, or would refuse to start without them."""
+    root, cache_dir = release_sources("0.22.1"), tmp_path / "given"
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    Tree(root).apply()
+    graphs = [
+        tmp_path / "torch_compile_cache/torch_aot_compile/0123/rank_0_0/model",
+        cache_dir / "rank_0_0/backbone/vllm_compile_cache.py",
+    ]
+    for graph in graphs:
+        graph.parent.mkdir(parents=True)
+        graph.touch()
+        shift = {"before": -60, "after": 60}[when]
+        os.utime(graph, (time.time() + shift, time.time() + shift))
+    assert status(root).warnings == []
+    monkeypatch.setenv("VLLM_FORCE_AOT_LOAD", "1")
+    found = status(root, cache_dir=cache_dir)
+    assert found.code == 0
+    if when == "after":
+        assert found.warnings == []
+    else:
+        refused, taken = found.warnings
+        assert "VLLM_FORCE_AOT_LOAD=1" in refused and str(cache_dir) in taken
+        assert f"warning: {taken}" in found.text()
+
+
+def test_no_patch_no_warning(release_sources, monkeypatch, tmp_path):
+    monkeypatch.setenv("VLLM_FORCE_AOT_LOAD", "1")
+    assert status(release_sources("0.33.0"), cache_dir=tmp_path).warnings == []

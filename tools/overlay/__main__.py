@@ -37,18 +37,25 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="status as JSON")
     parser.add_argument(
+        "--cache-dir",
+        type=Path,
+        help="status: the compilation_config.cache_dir that you serve with, if you do: it says "
+        "whether compiled graphs from before the patch are in it",
+    )
+    parser.add_argument(
         "--overlay",
         type=Path,
         default=OVERLAY,
         help="the folder whose vllm/ is merged (default: the fork)",
     )
     args = parser.parse_args(arguments)
-    if args.json and args.verb != "status":
-        parser.error(f"--json: {args.verb} has no JSON")
+    for option, given in (("--json", args.json), ("--cache-dir", args.cache_dir)):
+        if given and args.verb != "status":
+            parser.error(f"{option} is for status")
     try:
         args.tree = args.tree or installed()
         if args.verb == "status":
-            found = status(args.tree, args.overlay)
+            found = status(args.tree, args.overlay, args.cache_dir)
             print(found.json() if args.json else found.text())
             return found.code
         tree = Tree(args.tree, args.overlay)

@@ -10,6 +10,7 @@ from packaging.version import InvalidVersion, Version
 
 from .. import releases
 from . import PROGRAM, OverlayError
+from .compile_cache import warnings
 from .defects import DEFECTS, MIXIN, MODELS, Unreadable
 from .tree import OVERLAY, STATE, Tree, assigned
 
@@ -26,6 +27,8 @@ class Status:
     """By name: `present`, `mended by the overlay`, `mended upstream`, `not in this release`."""
     problem: str | None = None
     """Why it cannot be told."""
+    warnings: list[str] = field(default_factory=list)
+    """What the code does not show: compiled graphs that are older than it."""
 
     @property
     def code(self) -> int:
@@ -42,6 +45,7 @@ class Status:
         for name, state in self.defects.items():
             lines.append(f"  {name:<4} {DEFECTS[name].title:<50} {state}")
         lines.append(f"the overlay: {self.overlay}")
+        lines += [f"warning: {text}" for text in self.warnings]
         if self.problem:
             lines.append(f"cannot tell: {self.problem}")
         elif self.code == AFFECTED:
@@ -51,13 +55,17 @@ class Status:
         return "\n".join(lines)
 
 
-def status(root: Path, overlay: Path = OVERLAY) -> Status:
-    """Reads the code; the version only tells mended from never there."""
+def status(root: Path, overlay: Path = OVERLAY, cache_dir: Path | None = None) -> Status:
+    """Reads the code; the version only tells mended from never there. `cache_dir` is where
+    engines are told to keep their compiled graphs, if they are."""
     version = read_version(root)
     found = Status(str(root), str(version) if version else None, overlay_state(root, overlay))
     if found.overlay == "interrupted":
         found.problem = f"{root}: apply or revert was interrupted; call `revert`, or `apply` again"
         return found
+    mixin = root / MODELS / MIXIN[0]
+    if mixin.is_file():
+        found.warnings = warnings(mixin.stat().st_ctime, cache_dir)
     for name, defect in DEFECTS.items():
         try:
             present = defect.present(root / MODELS)

@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         template = (sources / ".github" / "PULL_REQUEST_TEMPLATE.md").read_text()
         with tempfile.TemporaryDirectory(prefix="pr.", dir=PR.parent) as folder:
             made = Path(folder) / "made"
-            checkout = Checkout(Path(folder) / "vllm", sources)
+            checkout = Checkout(Path(folder) / "vllm", sources, release.sources)
             for commit in series(release, sources):
                 checkout.commit(commit)
             patches = checkout.patches(made)
@@ -54,9 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     for patch in patches:
         print(output / patch)
     print(output / "PULL_REQUEST.md")
-    print(
-        f"on a checkout of vLLM {release.version}: git am --keep-non-patch {output.resolve()}/*.patch"
-    )
+    print(f"on vLLM {release.version}: git am --keep-non-patch {output.resolve()}/*.patch")
     return 0
 
 

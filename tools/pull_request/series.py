@@ -141,15 +141,17 @@ def for_releases(statement: Statement) -> bool:
 
 
 class Checkout:
-    """A repository with the sources as its first commit, by whoever git says is at work.
+    """A repository with files of the sources as its first commit, by whoever is at work.
 
     Raises:
         PullRequestError: git does not know who that is.
     """
 
-    def __init__(self, root: Path, sources: Path):
+    def __init__(self, root: Path, sources: Path, paths: Iterable[str]):
         self.root = root
-        shutil.copytree(sources, root, symlinks=True)
+        for path in paths:
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(sources / path, root / path)
         self.git("init", "--quiet", "--initial-branch=main")
         for key in ("user.name", "user.email"):
             if not self.git("config", key, check=False):
@@ -157,23 +159,23 @@ class Checkout:
                     f"git has no {key}, and upstream wants commits signed off: "
                     f"git config --global {key} …"
                 )
-        self.git("add", "--all", "--force")
-        self.git("commit", "--quiet", "--message", "As released")
+        self.git("add", "--all")
+        self.git("commit", "--quiet", "--no-gpg-sign", "--message", "As released")
 
-    def git(self, *arguments: str, check: bool = True, **options: str) -> str:
-        done = subprocess.run(
-            ["git", *arguments], cwd=self.root, capture_output=True, text=True, **options
-        )
+    def git(self, *arguments: str, check: bool = True, stdin: str | None = None) -> str:
+        command = ["git", *arguments]
+        done = subprocess.run(command, cwd=self.root, capture_output=True, text=True, input=stdin)
         if check and done.returncode:
             raise PullRequestError(f"git {arguments[0]}: {done.stderr.strip()}")
         return done.stdout.strip()
 
     def commit(self, commit: Commit) -> None:
         for path, data in commit.files.items():
+            (self.root / path).parent.mkdir(parents=True, exist_ok=True)
             (self.root / path).write_bytes(data)
         self.git("add", *commit.files)
         message = f"{commit.subject}\n\n{commit.body}"
-        self.git("commit", "--quiet", "--signoff", "--file", "-", input=message)
+        self.git("commit", "--quiet", "--no-gpg-sign", "--signoff", "--file", "-", stdin=message)
 
     def patches(self, folder: Path) -> list[str]:
         """Writes all commits but the first as patches. Returns the files' names."""

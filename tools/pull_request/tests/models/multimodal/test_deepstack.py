@@ -11,10 +11,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from vllm.distributed import (
+    cleanup_dist_env_and_memory,
+    init_distributed_environment,
+    initialize_model_parallel,
+)
 from vllm.model_executor.models.qwen3_omni_moe_thinker import (
     Qwen3OmniMoeThinkerForConditionalGeneration,
 )
 from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
+from vllm.utils.network_utils import (
+    get_distributed_init_method,
+    get_loopback_ip,
+    get_open_port,
+)
 
 pytestmark = [pytest.mark.core_model, pytest.mark.cpu_test]
 
@@ -115,7 +125,17 @@ def test_features_end_with_their_step(model):
     assert read(model, ROWS).eq(0).all()
 
 
-def test_forward_gives_the_decoder_the_features_of_the_step(model, dist_init):
+@pytest.fixture
+def one_stage(default_vllm_config):
+    """The parallel groups of this process alone: `forward` asks for its stage."""
+    method = get_distributed_init_method(get_loopback_ip(), get_open_port())
+    init_distributed_environment(1, 0, method, 0, backend="gloo")
+    initialize_model_parallel(1, 1, backend="gloo")
+    yield
+    cleanup_dist_env_and_memory()
+
+
+def test_forward_gives_the_decoder_the_features_of_the_step(model, one_stage):
     embed(model, STEP, encoded(3))
     for _ in range(2):
         model.forward(
