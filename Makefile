@@ -127,10 +127,10 @@ lint: $(VENV)/tools
 	$(VENV)/bin/mypy
 
 test-unit: install
-	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not engine and not gpu' $(FAST) tests
+	$(PY) -m pytest --durations 20 -n 2 --dist loadfile --no-loadscope-reorder -m 'not engine and not gpu' $(FAST) tests
 
 test-engines: install
-	$(PY) -m pytest -m 'engine and not gpu'
+	$(PY) -m pytest --durations 0 --durations-min 5 -m 'engine and not gpu'
 
 test-fast: lint test-unit
 
