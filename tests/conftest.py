@@ -28,6 +28,7 @@ def pytest_addoption(parser):
         help="the vLLM that is imported is a broken one (stock, pr43617, 0.20.1): run the tests "
         "that are said to fail on it, and expect each to fail",
     )
+    parser.addoption("--optional", action="store_true", help="run those marked optional, too")
 
 
 def pytest_report_header(config):
@@ -50,7 +51,10 @@ def deselect(config, items, kept) -> None:
 
 
 def pytest_collection_modifyitems(config, items):
-    deselect(config, items, {item for item in items if in_release(item)})
+    wanted = {item for item in items if in_release(item)}
+    if not config.getoption("--optional"):
+        wanted -= {item for item in items if item.get_closest_marker("optional")}
+    deselect(config, items, wanted)
     if variant := config.getoption("--bites"):
         bite = {
             item

@@ -1,0 +1,34 @@
+"""Other releases than the one that is built on by default, on engines: the README's commands."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import pytest
+
+from tests.conftest import BUILD
+from tools import releases
+from tools.overlay.defects import DEFECTS
+
+pytestmark = [pytest.mark.engine, pytest.mark.optional, pytest.mark.timeout(1800)]
+
+
+@pytest.mark.parametrize("version", ["0.21.0", "0.32.0"])
+def test_parity(version):
+    """D1 shows on the stock release where it has it; the fork agrees with eager."""
+    command = ["make", "parity", f"RELEASE={version}"]
+    done = subprocess.run(command, cwd=releases.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    stock, fork = (
+        json.loads((BUILD / "parity" / version / f"{name}.json").read_text())
+        for name in ("stock", "fork")
+    )
+    assert stock["vllm"] == version
+    assert fork["vllm"].startswith(f"{version}+deepstack.")
+    for report in (stock, fork):
+        assert sum(sample["images"] > 0 for sample in report["samples"]) == 4
+        assert all(sample["image_tokens"] for sample in report["samples"] if sample["images"])
+    affected = DEFECTS["D1"].released.contains(version)
+    assert stock["agrees"] == (not affected)
+    assert fork["agrees"]
