@@ -17,7 +17,7 @@ from tools.overlay import transaction
 from tools.overlay.__main__ import main
 from tools.overlay.tree import Tree
 
-from .faults import MODELS, code, content
+from .faults import MODELS, code, content, overlays
 
 
 @pytest.fixture
@@ -44,7 +44,13 @@ def test_killed_at_every_write(sources, tmp_path):
     assert [fault for fault in faults if not fault["found"]] == []
     expected = {"apply": ["newer"], "revert": ["stock"]}
     assert [f for f in faults if f["afterwards"] != expected[f["then"]]] == []
-    assert {found for fault in faults for found in fault["found"]} == {"stock", "older", "newer"}
+    for action, versions in {
+        "apply": {"stock", "newer"},
+        "revert": {"newer", "stock"},
+        "apply over an older one": {"older", "newer"},
+    }.items():
+        found = {found for f in faults if f["action"] == action for found in f["found"]}
+        assert found == versions
 
 
 @pytest.mark.parametrize("verb", ["apply", "revert"])
@@ -114,3 +120,25 @@ def test_interrupted_diff_says_so(sources, capsys):
     assert "interrupted while applying" in capsys.readouterr().err
     assert main(["apply", str(sources)]) == 0
     assert code(content(sources))[f"{MODELS}/deepstack.py"]
+
+
+def test_what_an_earlier_overlay_changed_and_this_one_does_not(sources, tmp_path):
+    """Goes back with the same call, and RECORD says so."""
+    older, newer = overlays(tmp_path)
+    (older / MODELS / "qwen3_vl.py").write_text("DEEPSTACK = 1\n")
+    (newer / MODELS / "further.py").unlink()
+    before = content(sources)
+    Tree(sources, newer).apply()
+    expected = code(content(sources))
+    record = (sources / "vllm-0.22.1.dist-info/RECORD").read_text().splitlines()
+    Tree(sources).revert()
+
+    Tree(sources, older).apply()
+    Tree(sources, newer).apply()
+    assert code(content(sources)) == expected
+    now = (sources / "vllm-0.22.1.dist-info/RECORD").read_text().splitlines()
+    listed = {line.split(",")[0] for line in now}
+    assert {line.split(",")[0] for line in record} <= listed
+    assert all((sources / path).is_file() for path in listed)
+    Tree(sources).revert()
+    assert content(sources) == before

@@ -60,20 +60,27 @@ class Transaction:
         return json.loads(file.read_text()) if file.is_file() else None
 
     def original(self, path: str) -> bytes | None:
-        file = self.folder / "originals" / path
+        return self.kept("originals", path)
+
+    def kept(self, kind: str, path: str) -> bytes | None:
+        file = self.folder / kind / path
         return file.read_bytes() if file.is_file() else None
 
-    def begin(self, before: Files, after: Files, **facts: str) -> None:
+    def begin(self, originals: Files, after: Files, **facts: str) -> None:
+        """Notes what is put in place of what. Over what was applied before, that is kept as well,
+        and comes back if this is interrupted."""
+        files = {path: self.digest(data) for path, data in after.items()}
+        manifest = {**facts, "status": "applying", "files": files}
+        if previous := self.manifest():
+            now = {path: self.read(path) for path in after}
+            self.keep("originals", originals, self.folder)
+            self.keep("previous", now, self.folder)
+            self.write(manifest | {"previous": previous})
+            return
         made = Path(tempfile.mkdtemp(prefix=f"{STATE}.", dir=self.root))
         try:
             (made / ".gitignore").write_text("*\n")
-            for path, data in before.items():
-                if data is not None:
-                    original = made / "originals" / path
-                    original.parent.mkdir(parents=True, exist_ok=True)
-                    original.write_bytes(data)
-            files = {path: self.digest(data) for path, data in after.items()}
-            manifest = {**facts, "status": "applying", "files": files}
+            self.keep("originals", originals, made)
             (made / "manifest.json").write_text(json.dumps(manifest, indent=2))
             made.chmod(0o755)
             made.rename(self.folder)
@@ -81,10 +88,24 @@ class Transaction:
             shutil.rmtree(made)
             raise
 
+    def keep(self, kind: str, files: Files, folder: Path) -> None:
+        for path, data in files.items():
+            if data is not None:
+                file = folder / kind / path
+                file.parent.mkdir(parents=True, exist_ok=True)
+                replace(file, data, self.root)
+
+    def write(self, manifest: dict) -> None:
+        replace(self.folder / "manifest.json", json.dumps(manifest, indent=2).encode(), self.root)
+
     def mark(self, status: str) -> None:
-        manifest = (self.manifest() or {}) | {"status": status}
-        data = json.dumps(manifest, indent=2).encode()
-        replace(self.folder / "manifest.json", data, self.root)
+        self.write((self.manifest() or {}) | {"status": status})
+
+    def done(self) -> None:
+        """All is in place."""
+        manifest = (self.manifest() or {}) | {"status": "applied"}
+        self.write({key: value for key, value in manifest.items() if key != "previous"})
+        shutil.rmtree(self.folder / "previous", ignore_errors=True)
 
     def put(self, files: Files) -> None:
         """Folder by folder, in the order of `files`."""
@@ -111,14 +132,17 @@ class Transaction:
         return True
 
     def take_back(self) -> list[str]:
-        """Puts the originals back. Returns the files' paths.
+        """Puts back what was there: the originals, or what an interrupted `apply` found applied.
+        Returns the files' paths.
 
         Raises:
             OverlayError: a file is neither the original nor what was put there.
         """
         manifest = self.manifest()
         assert manifest
-        before = {path: self.original(path) for path in manifest["files"]}
+        previous = manifest.get("previous")
+        kind = "previous" if previous else "originals"
+        before = {path: self.kept(kind, path) for path in manifest["files"]}
         left = {}
         for path, after in reversed(manifest["files"].items()):
             now = self.now(path)
@@ -132,12 +156,19 @@ class Transaction:
             left[path] = before[path]
         self.mark("reverting")
         self.put(left)
-        self.end()
+        if previous:
+            self.write(previous)
+            shutil.rmtree(self.folder / "previous")
+        else:
+            self.end()
         return list(before)
 
-    def now(self, path: str) -> str | None:
+    def read(self, path: str) -> bytes | None:
         file = self.root / path
-        return self.digest(file.read_bytes() if file.is_file() else None)
+        return file.read_bytes() if file.is_file() else None
+
+    def now(self, path: str) -> str | None:
+        return self.digest(self.read(path))
 
     def end(self) -> None:
         """Removes the folder: at once, and then bit by bit."""
@@ -154,10 +185,11 @@ class Transaction:
             left.unlink() if left.is_file() else shutil.rmtree(left)
         manifest = self.manifest()
         if manifest is None or manifest["status"] == "applied":
+            shutil.rmtree(self.folder / "previous", ignore_errors=True)
             return []
         in_place = all(self.now(path) == after for path, after in manifest["files"].items())
         if manifest["status"] == "applying" and in_place:
-            self.mark("applied")
+            self.done()
             return []
         return self.take_back()
 

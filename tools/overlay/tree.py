@@ -105,21 +105,12 @@ class Tree:
         """
         manifest = self._manifest()
         found = []
-        for path, ours in self.overlay.items():
+        for path, upstream, after in self._merged():
             file = self.root / path
-            current = file.read_bytes() if file.is_file() else None
-            if path not in self.release.sources:
-                after = ours
-                foreign = current not in (None, ours)
+            current = self.transaction.read(path)
+            if upstream is None:
+                foreign = current not in (None, after)
             else:
-                upstream = self._read(path)
-                if upstream is None:
-                    raise OverlayError(
-                        f"{file}: missing, though vLLM {self.release.version} has it"
-                    )
-                after = merge(
-                    ours, upstream, path=path, release=self.release.version, overlay=self.overlay
-                )
                 foreign = (current != after and current != upstream) or (
                     upstream != after and releases.sha256(upstream) != self.release.sources[path]
                 )
@@ -132,6 +123,22 @@ class Tree:
                 found.append(Change(path, current, after))
         return found
 
+    def _merged(self) -> Iterator[tuple[str, bytes | None, bytes]]:
+        """Path, upstream's file if there is one, and that with the overlay's in it."""
+        for path, ours in self.overlay.items():
+            if path not in self.release.sources:
+                yield path, None, ours
+                continue
+            upstream = self._read(path)
+            if upstream is None:
+                raise OverlayError(
+                    f"{self.root / path}: missing, though vLLM {self.release.version} has it"
+                )
+            after = merge(
+                ours, upstream, path=path, release=self.release.version, overlay=self.overlay
+            )
+            yield path, upstream, after
+
     def apply(self) -> list[Change]:
         """Merges in place, all or nothing. Returns what it changed.
 
@@ -143,18 +150,22 @@ class Tree:
             changes = self.changes()
             if not changes:
                 return []
-            if self.transaction.manifest():  # an earlier overlay's: make anew from the originals
-                self.transaction.take_back()
-                changes = self.changes()
-            record = self._record(changes)
+            merged = [Change(*change) for change in self._merged() if change[1] != change[2]]
+            # What an overlay before this one has changed, and this one does not, goes back.
+            applied = (self.transaction.manifest() or {"files": {}})["files"]
+            left = [path for path in applied if path.startswith("vllm/")]
+            left = [path for path in left if path not in {change.path for change in merged}]
+            back = {path: self.transaction.original(path) for path in left}
+            kept = [Change(path, data, data) for path, data in back.items() if data is not None]
+            record = self._record([*merged, *kept])
             # RECORD first: it may name files that are not there yet, and must not miss one.
-            written = [*([record] if record else []), *changes]
-            after: Files = {change.path: change.after for change in written}
-            before = {change.path: change.before for change in written}
-            self.transaction.begin(before, after, release=str(self.release.version))
+            written = [*([record] if record else []), *merged]
+            after: Files = {**{change.path: change.after for change in written}, **back}
+            originals: Files = {**{change.path: change.before for change in written}, **back}
+            self.transaction.begin(originals, after, release=str(self.release.version))
             try:
                 self.transaction.put(after)
-                self.transaction.mark("applied")
+                self.transaction.done()
             except BaseException:
                 self.transaction.take_back()
                 raise
@@ -168,11 +179,12 @@ class Tree:
                 written to, or another is at it.
         """
         with self._writing():
-            if taken_back := self.transaction.recover():
-                return taken_back
-            if not self.transaction.manifest():
+            taken_back = self.transaction.recover()
+            if self.transaction.manifest():
+                return self.transaction.take_back()
+            if not taken_back:
                 raise OverlayError(f"{self.root}: the overlay was not applied here (no {STATE})")
-            return self.transaction.take_back()
+            return taken_back
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -202,7 +214,9 @@ class Tree:
         """The change that keeps an installation's RECORD true; None where there is none."""
         paths = {change.path: change.after for change in changes}
         for file in sorted(self.root.glob("vllm*.dist-info/RECORD")):
-            before = file.read_bytes()
+            own = file.relative_to(self.root).as_posix()
+            before = self._read(own)
+            assert before is not None
             record, known = [], set()
             for line in lines(before):
                 path = next(csv.reader([line]))[0]
@@ -212,7 +226,6 @@ class Tree:
             if not known & set(self.release.sources):
                 continue
             end = "\r\n" if record[0].endswith("\r\n") else "\n"
-            own = file.relative_to(self.root).as_posix()
             kept = [*(c.path for c in changes if c.before is not None), own]
             record += [record_row(c.path, c.after) + end for c in changes if c.path not in known]
             record += [f"{STATE}/{name},,{end}" for name in (".gitignore", "manifest.json")]
