@@ -4,14 +4,17 @@ known to be wrong, which the same check has to find out."""
 from __future__ import annotations
 
 import os
+import shutil
 
 import pytest
 
+from tools.overlay.tree import Tree
 from tools.parity import ParityError
 from tools.parity.compare import TOLERANCE
 
 from .engine import Engine
 from .soak import DifferenceError, Soak, modalities, oracle_options, served_options
+from .streams import Request, Text
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -87,9 +90,13 @@ def test_sharded(soak, model, kind):
 
 
 @pytest.mark.parametrize("model", ["qwen3_vl"], indirect=True)
-def test_soak_finds_what_the_stock_release_loses(soak, model, stock_tree):
-    """D1, by itself, and on a stream of one request with one image."""
-    checked = soak("--max-num-batched-tokens", "64", tree=stock_tree)
+def test_soak_finds_what_the_stock_release_loses(soak, model, stock_tree, tmp_path):
+    """D1, by itself, and on a stream of one request with one image. Also if the installation is
+    patched meanwhile: an engine that runs goes on with what it has loaded."""
+    tree = shutil.copytree(stock_tree, tmp_path / "tree", copy_function=os.link)
+    checked = soak("--max-num-batched-tokens", "64", tree=tree)
+    checked.check([Request((Text(20),), max_tokens=5)])
+    Tree(tree).apply()
     with pytest.raises(DifferenceError) as found:
         checked.run(modalities(model), 100, seed=0)
     print(found.value, *found.value.__notes__, sep="\n")
@@ -111,7 +118,5 @@ def test_stock_release_does_not_start_with_pipeline_parallelism(soak, stock_tree
 @pytest.mark.parametrize("model", ["qwen3_vl"], indirect=True)
 def test_engine_without_vision_tower(soak):
     """D3."""
-    from .streams import Request, Text
-
     checked = soak("--limit-mm-per-prompt", '{"image": 0, "video": 0}')
     checked.check([Request((Text(20),), max_tokens=5)])

@@ -68,7 +68,7 @@ def text(release: releases.Release, template: str) -> str:
     overview = DROPPED if affected(release) else LINGERING
     fail = "Needs no GPU. Without the first two commits 5 of the 8 fail, for both models.\n"
     commands = f"```bash\npytest {TEST}\n```\n\n{fail}"
-    # The first three are the template's until 0.31 or so, the others the later one's.
+    # The first three are the template's up to 0.31.0, the others that of later releases.
     sections = {
         "Purpose": f"{overview}\n{CLAIMS}\n{DETAILS}\n{ASSISTED}",
         "Test Plan": commands,
