@@ -33,7 +33,7 @@ SPEED := benchmarks.speed
 VLLMS := --vllm stock=$(CUDA)/stock pr43617=$(CUDA)/pr43617 fork=$(CUDA)/fork
 SERVED := --eager fork --gpu-memory-utilization 0.1
 
-.PHONY: help wheel install overlay pr parity geo3k bench bench-tools bench-gpu test test-fast test-unit test-engines test-releases test-gpu test-two-gpus release pipeline lint clean
+.PHONY: help wheel install overlay pr parity geo3k bench bench-tools bench-gpu test test-fast test-unit test-engines test-optional test-gpu test-two-gpus release pipeline lint clean
 
 help:
 	@echo 'make wheel      build the fork: a vllm wheel in dist/ (VLLM_TARGET_DEVICE=cpu|cuda)'
@@ -132,8 +132,8 @@ test-unit: install
 test-engines: install
 	$(PY) -m pytest --durations 0 --durations-min 5 -m 'engine and not gpu'
 
-test-releases: .venv/tools
-	.venv/bin/python -m pytest --optional -m optional
+test-optional: install
+	$(PY) -m pytest --optional -m optional
 
 test-fast: lint test-unit
 

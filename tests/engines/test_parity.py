@@ -177,6 +177,7 @@ def test_patched_stock_release_does_not_meet_its_old_graphs(
     assert max(differences(report, True) + differences(report, False)) < 1e-3
 
 
+@pytest.mark.optional
 def test_model_without_images(tmp_path):
     """Any model will do: the built-in samples go without their images."""
     import transformers

@@ -100,6 +100,7 @@ def test_overlay_apply_is_taken_apart_and_taken_back(stock_tree, tmp_path):
 
 @pytest.mark.engine
 @pytest.mark.timeout(900)
+@pytest.mark.optional
 def test_serving_on_two_engines(models, stock_tree, tmp_path):
     """In turn, the release and the fork; the release is what ratios are to."""
     options = ["--dtype", "float32", "--max-model-len", "512", "--max-num-batched-tokens", "256"]
