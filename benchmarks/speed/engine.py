@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import time
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -49,14 +50,7 @@ class Engine:
         and the vision encoder runs again.
         """
         self.llm.llm_engine.reset_encoder_cache()
-        random = np.random.default_rng(seed)
-        prompts: list[Any] = []
-        for _ in range(requests):
-            pixels = random.integers(0, 256, (images, side, side, 3), np.uint8)
-            pictures = [Image.fromarray(image) for image in pixels]
-            text = IMAGE * images + "what do these images show"
-            prompts.append({"prompt": text, "multi_modal_data": {"image": pictures}})
-        seconds = self.run(prompts, 1)
+        seconds = self.run(with_images(requests, images, side, seed), 1)
         return {
             "seconds": sum(seconds),
             "steps": len(seconds),
@@ -80,6 +74,19 @@ class Engine:
             seconds.append(now - last)
             last = now
         return seconds
+
+
+@cache
+def with_images(requests: int, images: int, side: int, seed: int) -> list[dict[str, Any]]:
+    """Requests with noise for images."""
+    random = np.random.default_rng(seed)
+    made = []
+    for _ in range(requests):
+        pixels = random.integers(0, 256, (images, side, side, 3), np.uint8)
+        pictures = [Image.fromarray(image) for image in pixels]
+        text = IMAGE * images + "what do these images show"
+        made.append({"prompt": text, "multi_modal_data": {"image": pictures}})
+    return made
 
 
 if __name__ == "__main__":
