@@ -42,7 +42,8 @@ def serving(result: dict[str, Any]) -> str:
             spread = f"{ratio['low']:.3f}–{ratio['high']:.3f}"
             line.append(f"{milliseconds(row[name])}, × {ratio['median']:.3f} ({spread})")
         lines.append(line)
-    return table(["ms", *names], lines) + f"\n{versions(result)}\n"
+    rounds = len(next(iter(result["workloads"][-1]["rounds"].values())))
+    return table(["ms", *names], lines) + f"\n{rounds} rounds. {versions(result)}\n"
 
 
 def milliseconds(row: dict[str, Any]) -> str:

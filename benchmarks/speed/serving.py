@@ -2,7 +2,8 @@
 
 All engines live side by side and take turns, so that what one run compares has met the same
 machine. The first vLLM that is named is the one that the others are measured against. Options
-that are not listed here go to the engines, under vLLM's names.
+that are not listed here go to the engines, under vLLM's names. The result is written as rounds
+end: a run that is stopped leaves those that it has done.
 
     python -m benchmarks.speed.serving --model qwen3_vl_2b --vllm stock=TREE fork --eager fork
 
@@ -16,6 +17,8 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,10 @@ from .workers import Variant, Worker, workers
 
 OPTIONS = ["--max-num-batched-tokens", "8192", "--enable-chunked-prefill"]
 OPTIONS += ["--no-enable-prefix-caching"]
+DECODES = 3
+"""Times a round that decoding is measured: a small model's takes as long as the host's share of
+it, and a host that is busy is busy for longer than a few steps."""
+
 Rounds = dict[str, list[dict[str, Any]]]
 
 
@@ -50,7 +57,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add("--batch-sizes", type=int, nargs="*", default=[1, 8, 64, 256], metavar="N")
     add("--images", type=int, nargs="*", default=[1, 4, 16], metavar="N", help="a request")
     add("--image-size", type=int, default=1024, metavar="PIXELS", help="of a side")
-    add("--steps", type=int, default=48, metavar="N", help="decode steps timed a round")
+    add("--steps", type=int, default=16, metavar="N", help="decode steps timed at a time")
     add("--rounds", type=int, default=7, metavar="N", help="after one that is not counted")
     add(
         "--starts",
@@ -129,23 +136,29 @@ def start(
     return told, seconds
 
 
-def measure(engines: list[Worker], args: argparse.Namespace, progress: Progress) -> list[dict]:
-    """By workload; rounds of all engines, each round begun by another."""
-    requests = {n: max(1, max(args.images) // n) for n in args.images}
-    workloads: list[dict[str, Any]] = [
+def measure(
+    engines: list[Worker], args: argparse.Namespace, progress: Progress
+) -> Iterator[list[dict[str, Any]]]:
+    """The workloads with what was measured so far, after each round that counts.
+
+    Each workload is begun by another engine each time.
+    """
+    decodes: list[dict[str, Any]] = [
         {"action": "decode", "batch": n, "prompt_tokens": 64, "steps": args.steps}
         for n in args.batch_sizes
     ]
-    for n in args.images:
-        image = {"action": "prefill", "images": n, "side": args.image_size}
-        workloads += [image | {"requests": k} for k in dict.fromkeys((1, requests[n]))]
-    for workload in workloads:
+    prefills: list[dict[str, Any]] = [
+        {"action": "prefill", "images": n, "side": args.image_size, "requests": k}
+        for n in args.images
+        for k in dict.fromkeys((1, max(1, max(args.images) // n)))
+    ]
+    turns = [w for part in range(DECODES) for w in [*decodes, *prefills[part::DECODES]]]
+    for workload in turns:
         workload["rounds"] = {engine.variant.name: [] for engine in engines}
-    total = (args.rounds + 1) * len(workloads) * len(engines)
-    task = progress.add_task("measuring", total=total)
+    task = progress.add_task("measuring", total=(args.rounds + 1) * len(turns) * len(engines))
     for number in range(args.rounds + 1):
-        for workload in workloads:
-            first = number % len(engines)
+        for turn, workload in enumerate(turns):
+            first = (number + turn) % len(engines)
             for engine in [*engines[first:], *engines[:first]]:
                 how = {k: v for k, v in workload.items() if k not in ("rounds", "action")}
                 progress.update(task, description=f"round {number}: {workload['action']} {how}")
@@ -155,7 +168,8 @@ def measure(engines: list[Worker], args: argparse.Namespace, progress: Progress)
                 if number:
                     workload["rounds"][engine.variant.name].append(answer)
                 progress.advance(task)
-    return workloads
+        if number:
+            yield [*decodes, *prefills]
 
 
 def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -232,6 +246,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 def benchmark(args: argparse.Namespace, options: list[str], console: Console) -> dict[str, Any]:
+    """The whole result; on the way it is written as far as it goes."""
     named = variants(args)
     results.claim(args.output_dir)
     with (
@@ -241,20 +256,28 @@ def benchmark(args: argparse.Namespace, options: list[str], console: Console) ->
     ):
         every = [*engine_options(args, Path(temporary)), *options]
         told, starts = start(engines, every, args.starts, progress)
-        workloads = measure(engines, args, progress)
+        result: dict[str, Any] = {
+            "benchmark": "serving",
+            "model": args.model,
+            "dtype": next(iter(told.values()))["dtype"],
+            "engine_options": every[every.index("--max-num-batched-tokens") :],
+            "vllm": told,
+            "machine": machine(),
+            "rounds": 0,
+            "starts": starts,
+            "workloads": [],
+        }
+        for number, workloads in enumerate(chain([[]], measure(engines, args, progress))):
+            result |= {"rounds": number, "workloads": workloads}
+            result["rows"] = rows(result)
+            results.write(result, output(args))
         for engine in engines:
             engine.stop()
-    result = {
-        "benchmark": "serving",
-        "model": args.model,
-        "dtype": next(iter(told.values()))["dtype"],
-        "engine_options": every[every.index("--max-num-batched-tokens") :],
-        "vllm": told,
-        "starts": starts,
-        "workloads": workloads,
-        "machine": machine(),
-    }
-    return result | {"rows": rows(result)}
+    return result
+
+
+def output(args: argparse.Namespace) -> Path:
+    return args.output_dir / f"serving-{Path(args.model).name}.json"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -265,9 +288,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (SpeedError, ParityError) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
-    name = f"serving-{Path(args.model).name}"
-    results.write(result, args.output_dir / f"{name}.json")
-    plots.serving(result, args.output_dir / f"{name}.png")
+    plots.serving(result, output(args).with_suffix(".png"))
     show(result, Console(width=None if Console().is_terminal else 200))
     return 0
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.speed import SpeedError, deepstack, page, serving, staging, tools
+from benchmarks.speed import SpeedError, deepstack, page, results, serving, staging, tools
 from benchmarks.speed.models import SHAPES, write
 from benchmarks.speed.workers import Variant, workers
 from tools.parity import ParityError
@@ -101,14 +101,19 @@ def test_overlay_apply_is_taken_apart_and_taken_back(stock_tree, tmp_path):
 @pytest.mark.engine
 @pytest.mark.timeout(900)
 @pytest.mark.optional
-def test_serving_on_two_engines(models, stock_tree, tmp_path):
+def test_serving_on_two_engines(models, stock_tree, tmp_path, monkeypatch):
     """In turn, the release and the fork; the release is what ratios are to."""
+    write, kept = results.write, []
+    monkeypatch.setattr(
+        results, "write", lambda *what: kept.append(what[0]["rounds"]) or write(*what)
+    )
     options = ["--dtype", "float32", "--max-model-len", "512", "--max-num-batched-tokens", "256"]
     sizes = ["--batch-sizes", "1", "2", "--images", "1", "2", "--image-size", "128"]
     sizes += ["--steps", "4", "--rounds", "2"]
     named = ["--vllm", f"stock={stock_tree}", "fork", "--gpu-memory-utilization", "0.3"]
     model = ["--model", str(models["qwen3_vl"]), "--output-dir", str(tmp_path)]
     assert serving.main([*model, *named, *sizes, *options, "--logs", str(tmp_path / "logs")]) == 0
+    assert kept == [0, 1, 2]  # a run that is stopped leaves what it has done
     result = json.loads((tmp_path / "serving-qwen3_vl.json").read_text())
     assert (tmp_path / "serving-qwen3_vl.png").stat().st_size > 10_000
     assert {name: "deepstack" in told["vllm"] for name, told in result["vllm"].items()} == {
@@ -122,7 +127,8 @@ def test_serving_on_two_engines(models, stock_tree, tmp_path):
         assert row["seconds"]["low"] > 0
         assert row["vllm"] == "fork" or row["ratio"]["median"] == 1
     for workload in result["workloads"]:
-        assert [len(rounds) for rounds in workload["rounds"].values()] == [2, 2]
+        times = 2 * (serving.DECODES if workload["action"] == "decode" else 1)
+        assert [len(rounds) for rounds in workload["rounds"].values()] == [times, times]
         if workload["action"] == "prefill":
             # 128 pixels a side are 16 image tokens.
             told = workload["rounds"]["fork"][0]
