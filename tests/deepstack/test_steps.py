@@ -114,10 +114,8 @@ def test_micro_batches_read_their_own_rows(model, monkeypatch, first, second):
     assert read(model, first + second).eq(0).all()
 
 
-@pytest.mark.release(">=0.22,<0.24")
-@bites("stock", "pr43617")
-def test_omni_vision_encoder_has_sequence_lengths_on_its_own_device():
-    """D8: FlashAttention 3 refuses those on the CPU. Here, the encoder is on the meta device."""
+def sequence_lengths_of_omnis_vision_encoder(backend: str) -> torch.Tensor:
+    """Its `cu_seqlens`, of two images of four patches. The encoder is on the meta device."""
     module = import_module("vllm.model_executor.models.qwen3_omni_moe_thinker")
     encoder = module.Qwen3Omni_VisionTransformer.__new__(module.Qwen3Omni_VisionTransformer)
     torch.nn.Module.__init__(encoder)
@@ -132,13 +130,26 @@ def test_omni_vision_encoder_has_sequence_lengths_on_its_own_device():
     encoder.patch_embed.proj = SimpleNamespace(weight=weight)
     encoder.apply_vit_abs_pos_embed = False
     encoder.rot_pos_emb = lambda grid_thw: (weight, weight)
-    encoder.attn_backend = None
+    encoder.attn_backend = module.AttentionBackendEnum[backend]
     encoder.deepstack_visual_indexes = None
     encoder.blocks = [block]
     encoder.merger = torch.nn.Identity()
     encoder.forward(torch.ones(8, LEVELS), torch.tensor([[1, 2, 2], [1, 2, 2]]))
-    assert seen["cu_seqlens"].device.type == "meta"
     assert seen["cu_seqlens"].shape == (3,)
+    return seen["cu_seqlens"]
+
+
+@pytest.mark.release(">=0.22,<0.24")
+@bites("stock", "pr43617")
+def test_omni_vision_encoder_has_sequence_lengths_on_its_own_device():
+    """D8: FlashAttention 3 refuses those on the CPU."""
+    assert sequence_lengths_of_omnis_vision_encoder("FLASH_ATTN").device.type == "meta"
+
+
+@pytest.mark.release(">=0.22,<0.24")
+def test_omni_vision_encoder_does_not_wait_for_sequence_lengths():
+    """SDPA splits by them: each layer would fetch them from the GPU."""
+    assert sequence_lengths_of_omnis_vision_encoder("TORCH_SDPA").tolist() == [0, 4, 8]
 
 
 @pytest.mark.release("<0.30")

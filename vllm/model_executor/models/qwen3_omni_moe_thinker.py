@@ -9,8 +9,9 @@ class Qwen3Omni_VisionTransformer:
     def forward(self, x, grid_thw):
         ...
         hidden_states = hidden_states.unsqueeze(1)
-        # `grid_thw`, from which they come, is on the CPU; FlashAttention is not.
-        cu_seqlens = cu_seqlens.to(self.device, non_blocking=True)
+        # `grid_thw`, from which they come, is on the CPU; SDPA alone reads them there.
+        if self.attn_backend != AttentionBackendEnum.TORCH_SDPA:
+            cu_seqlens = cu_seqlens.to(self.device, non_blocking=True)
         ...
 
 
