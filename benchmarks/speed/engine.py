@@ -17,7 +17,9 @@ from .models import IMAGE
 from .workers import serve
 
 WARM_STEPS = 8
-"""Steps that are not timed at either end of a batch: those in which not all requests decode."""
+"""Steps after requests arrive until all of them decode, each a token."""
+SETTLING_STEPS = 3
+"""Steps after a pause that are not timed: the one that was in flight is done meanwhile."""
 
 
 class Engine:
@@ -35,13 +37,34 @@ class Engine:
             "cudagraph_mode": str(config.compilation_config.cudagraph_mode),
         }
 
-    def decode(self, batch: int, prompt_tokens: int, steps: int, seed: int) -> list[float]:
-        """Seconds of each step in which `batch` requests decode a token each."""
+    def admit(self, batch: int, prompt_tokens: int, turns: int, steps: int, seed: int) -> None:
+        """Lets `batch` requests in, which decode for as long as so many turns take."""
         random = np.random.default_rng(seed)
         prompts = random.integers(20, 200, (batch, prompt_tokens)).tolist()
         requests: list[Any] = [{"prompt_token_ids": prompt} for prompt in prompts]
-        seconds = self.run(requests, steps + 2 * WARM_STEPS)
-        return seconds[-steps - WARM_STEPS : -WARM_STEPS]
+        self.enqueue(requests, 2 * WARM_STEPS + turns * (SETTLING_STEPS + steps))
+        for _ in range(WARM_STEPS):
+            self.llm.llm_engine.step()
+
+    def decode(self, steps: int) -> float:
+        """Seconds of a step in which each request decodes a token, the median."""
+        seconds = []
+        for _ in range(SETTLING_STEPS + steps):
+            began = time.perf_counter()
+            self.llm.llm_engine.step()
+            seconds.append(time.perf_counter() - began)
+        return float(np.median(seconds[SETTLING_STEPS:]))
+
+    def finish(self) -> dict[str, float]:
+        """Steps until no request is left."""
+        engine, steps, prompt_tokens = self.llm.llm_engine, 0, 0
+        began = time.perf_counter()
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                prompt_tokens += len(output.prompt_token_ids) if output.finished else 0
+            steps += 1
+        seconds = time.perf_counter() - began
+        return {"seconds": seconds, "steps": steps, "prompt_tokens": prompt_tokens}
 
     def prefill(self, requests: int, images: int, side: int, seed: int) -> dict[str, float]:
         """Of requests that arrive together, each of `images` images of `side` pixels a side.
@@ -50,30 +73,16 @@ class Engine:
         and the vision encoder runs again.
         """
         self.llm.llm_engine.reset_encoder_cache()
-        seconds = self.run(with_images(requests, images, side, seed), 1)
-        return {
-            "seconds": sum(seconds),
-            "steps": len(seconds),
-            "prompt_tokens": self.prompt_tokens,
-        }
+        self.enqueue(with_images(requests, images, side, seed), 1)
+        return self.finish()
 
-    def run(self, requests: list[Any], max_tokens: int) -> list[float]:
-        """Seconds of each of the engine's steps, from all requests' arrival to their last token."""
+    def enqueue(self, requests: list[Any], max_tokens: int) -> None:
         from vllm import SamplingParams
 
         sampling = SamplingParams(
             temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False
         )
         self.llm.enqueue(requests, sampling, use_tqdm=False)
-        engine, seconds, self.prompt_tokens = self.llm.llm_engine, [], 0
-        last = time.perf_counter()
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                self.prompt_tokens += len(output.prompt_token_ids) if output.finished else 0
-            now = time.perf_counter()
-            seconds.append(now - last)
-            last = now
-        return seconds
 
 
 @cache

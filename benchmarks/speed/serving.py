@@ -35,11 +35,12 @@ from .workers import Variant, Worker, workers
 
 OPTIONS = ["--max-num-batched-tokens", "8192", "--enable-chunked-prefill"]
 OPTIONS += ["--no-enable-prefix-caching"]
-DECODES = 3
-"""Times a round that decoding is measured: a small model's takes as long as the host's share of
-it, and a host that is busy is busy for longer than a few steps."""
+TURNS = 6
+"""Times a round that all engines decode, a few steps each: how long a step of a small model takes
+is up to the host, and what else keeps a host busy lasts longer than a few steps."""
 
 Rounds = dict[str, list[dict[str, Any]]]
+Answers = Iterator[tuple[str, dict[str, float]]]
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -57,7 +58,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add("--batch-sizes", type=int, nargs="*", default=[1, 8, 64, 256], metavar="N")
     add("--images", type=int, nargs="*", default=[1, 4, 16], metavar="N", help="a request")
     add("--image-size", type=int, default=1024, metavar="PIXELS", help="of a side")
-    add("--steps", type=int, default=16, metavar="N", help="decode steps timed at a time")
+    add("--steps", type=int, default=8, metavar="N", help="decode steps timed at a time")
     add("--rounds", type=int, default=7, metavar="N", help="after one that is not counted")
     add(
         "--starts",
@@ -139,37 +140,50 @@ def start(
 def measure(
     engines: list[Worker], args: argparse.Namespace, progress: Progress
 ) -> Iterator[list[dict[str, Any]]]:
-    """The workloads with what was measured so far, after each round that counts.
-
-    Each workload is begun by another engine each time.
-    """
-    decodes: list[dict[str, Any]] = [
+    """The workloads with what was measured so far, after each round that counts."""
+    workloads: list[dict[str, Any]] = [
         {"action": "decode", "batch": n, "prompt_tokens": 64, "steps": args.steps}
         for n in args.batch_sizes
     ]
-    prefills: list[dict[str, Any]] = [
+    workloads += [
         {"action": "prefill", "images": n, "side": args.image_size, "requests": k}
         for n in args.images
         for k in dict.fromkeys((1, max(1, max(args.images) // n)))
     ]
-    turns = [w for part in range(DECODES) for w in [*decodes, *prefills[part::DECODES]]]
-    for workload in turns:
-        workload["rounds"] = {engine.variant.name: [] for engine in engines}
-    task = progress.add_task("measuring", total=(args.rounds + 1) * len(turns) * len(engines))
+    rounds: list[Rounds] = [{engine.variant.name: [] for engine in engines} for _ in workloads]
+    task = progress.add_task("measuring", total=(args.rounds + 1) * len(workloads))
     for number in range(args.rounds + 1):
-        for turn, workload in enumerate(turns):
-            first = (number + turn) % len(engines)
-            for engine in [*engines[first:], *engines[:first]]:
-                how = {k: v for k, v in workload.items() if k not in ("rounds", "action")}
-                progress.update(task, description=f"round {number}: {workload['action']} {how}")
-                answer = engine.ask(workload["action"], seed=0, **how)
-                if workload["action"] == "decode":
-                    answer = {"seconds": float(np.median(answer))}
+        for workload, answers in zip(workloads, rounds):
+            progress.update(task, description=f"round {number}: {title(workload)}")
+            how = {key: value for key, value in workload.items() if key != "action"}
+            answered = decode if workload["action"] == "decode" else prefill
+            for name, answer in answered(engines, number, **how):
                 if number:
-                    workload["rounds"][engine.variant.name].append(answer)
-                progress.advance(task)
+                    answers[name].append(answer)
+            progress.advance(task)
         if number:
-            yield [*decodes, *prefills]
+            yield [w | {"rounds": answers} for w, answers in zip(workloads, rounds)]
+
+
+def decode(engines: list[Worker], number: int, *, steps: int, **how: Any) -> Answers:
+    """All engines decode at the same time, but for a few steps at a time, one after another."""
+    for engine in engines:
+        engine.ask("admit", seed=0, turns=TURNS, steps=steps, **how)
+    for turn in range(TURNS):
+        for engine in in_turn(engines, number + turn):
+            yield engine.variant.name, {"seconds": engine.ask("decode", steps=steps)}
+    for engine in engines:
+        engine.ask("finish")
+
+
+def prefill(engines: list[Worker], number: int, **how: Any) -> Answers:
+    for engine in in_turn(engines, number):
+        yield engine.variant.name, engine.ask("prefill", seed=0, **how)
+
+
+def in_turn(engines: list[Worker], number: int) -> list[Worker]:
+    first = number % len(engines)
+    return [*engines[first:], *engines[:first]]
 
 
 def rows(result: dict[str, Any]) -> list[dict[str, Any]]:

@@ -127,7 +127,7 @@ def test_serving_on_two_engines(models, stock_tree, tmp_path, monkeypatch):
         assert row["seconds"]["low"] > 0
         assert row["vllm"] == "fork" or row["ratio"]["median"] == 1
     for workload in result["workloads"]:
-        times = 2 * (serving.DECODES if workload["action"] == "decode" else 1)
+        times = 2 * (serving.TURNS if workload["action"] == "decode" else 1)
         assert [len(rounds) for rounds in workload["rounds"].values()] == [times, times]
         if workload["action"] == "prefill":
             # 128 pixels a side are 16 image tokens.
