@@ -35,7 +35,7 @@ from .workers import Variant, Worker, workers
 
 OPTIONS = ["--max-num-batched-tokens", "8192", "--enable-chunked-prefill"]
 OPTIONS += ["--no-enable-prefix-caching"]
-TURNS = 6
+TURNS = 12
 """Times a round that all engines decode, a few steps each: how long a step of a small model takes
 is up to the host, and what else keeps a host busy lasts longer than a few steps."""
 
@@ -142,13 +142,20 @@ def measure(
 ) -> Iterator[list[dict[str, Any]]]:
     """The workloads with what was measured so far, after each round that counts."""
     workloads: list[dict[str, Any]] = [
-        {"action": "decode", "batch": n, "prompt_tokens": 64, "steps": args.steps}
+        {"action": "decode", "batch": n, "prompt_tokens": 64, "steps": args.steps, "turns": TURNS}
         for n in args.batch_sizes
     ]
+    most = max(args.images, default=0)  # images a round, of each workload
     workloads += [
-        {"action": "prefill", "images": n, "side": args.image_size, "requests": k}
+        {
+            "action": "prefill",
+            "images": n,
+            "side": args.image_size,
+            "requests": k,
+            "turns": most // (n * k),
+        }
         for n in args.images
-        for k in dict.fromkeys((1, max(1, max(args.images) // n)))
+        for k in dict.fromkeys((1, most // n))
     ]
     rounds: list[Rounds] = [{engine.variant.name: [] for engine in engines} for _ in workloads]
     task = progress.add_task("measuring", total=(args.rounds + 1) * len(workloads))
@@ -165,25 +172,30 @@ def measure(
             yield [w | {"rounds": answers} for w, answers in zip(workloads, rounds)]
 
 
-def decode(engines: list[Worker], number: int, *, steps: int, **how: Any) -> Answers:
+def decode(engines: list[Worker], number: int, *, turns: int, steps: int, **how: Any) -> Answers:
     """All engines decode at the same time, but for a few steps at a time, one after another."""
     for engine in engines:
-        engine.ask("admit", seed=0, turns=TURNS, steps=steps, **how)
-    for turn in range(TURNS):
-        for engine in in_turn(engines, number + turn):
-            yield engine.variant.name, {"seconds": engine.ask("decode", steps=steps)}
+        engine.ask("admit", seed=0, turns=turns, steps=steps, **how)
+    for engine in in_turn(engines, number, turns):
+        yield engine.variant.name, {"seconds": engine.ask("decode", steps=steps)}
     for engine in engines:
         engine.ask("finish")
 
 
-def prefill(engines: list[Worker], number: int, **how: Any) -> Answers:
-    for engine in in_turn(engines, number):
+def prefill(engines: list[Worker], number: int, *, turns: int, **how: Any) -> Answers:
+    for engine in in_turn(engines, number, turns):
         yield engine.variant.name, engine.ask("prefill", seed=0, **how)
 
 
-def in_turn(engines: list[Worker], number: int) -> list[Worker]:
-    first = number % len(engines)
-    return [*engines[first:], *engines[:first]]
+def in_turn(engines: list[Worker], number: int, turns: int) -> Iterator[Worker]:
+    """A round's turns, each in an order of its own.
+
+    An engine finds the GPU as the one before it has left it, cooler after eager steps, between
+    which it waits: if all turns had the same order, that would seem to be the engine's own.
+    """
+    random = np.random.default_rng(number)
+    for _ in range(turns):
+        yield from (engines[index] for index in random.permutation(len(engines)))
 
 
 def rows(result: dict[str, Any]) -> list[dict[str, Any]]:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
 import shutil
+import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +20,8 @@ from tools.parity import ParityError
 from tools.parity.run import Job, import_path, stopping
 
 from . import SpeedError
+
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,11 @@ class Variant:
 
 
 class Worker:
-    """A process that does what it is asked, and is idle meanwhile."""
+    """A process that does what it is asked, and is stopped meanwhile.
+
+    It would not be idle: OpenMP's threads spin for a while after their work, on the cores of
+    whoever is next, whose steps take 4 to 30 times as long where there are two.
+    """
 
     def __init__(self, variant: Variant, module: str, folder: Path):
         self.variant = variant
@@ -58,6 +68,7 @@ class Worker:
 
     def tell(self, action: str, **how: Any) -> None:
         assert self.connection
+        self.send_signal(signal.SIGCONT)
         with contextlib.suppress(BrokenPipeError):
             self.connection.send((action, how))
 
@@ -69,20 +80,27 @@ class Worker:
         """
         assert self.connection
         try:
-            return self.connection.recv()
+            answer = self.connection.recv()
         except (EOFError, ConnectionResetError):
             assert self.job.process
             raise ParityError(
                 f"{self.job.name} failed with exit code {self.job.process.wait()}:\n"
                 f"{self.job.error()}\nIts whole log: --logs FOLDER keeps it"
             ) from None
+        self.send_signal(signal.SIGSTOP)
+        return answer
 
     def ask(self, action: str, **how: Any) -> Any:
         self.tell(action, **how)
         return self.answer()
 
+    def send_signal(self, number: signal.Signals) -> None:
+        if self.job.process and self.job.process.poll() is None:
+            os.killpg(self.job.process.pid, number)
+
     def stop(self) -> None:
         """Returns once the process has given back what it held."""
+        self.send_signal(signal.SIGCONT)
         if self.connection:
             self.connection.close()
         if self.job.process:
@@ -97,7 +115,11 @@ def workers(variants: list[Variant], module: str, logs: Path | None) -> Iterator
         every = [Worker(variant, module, folder) for variant in variants]
         try:
             with stopping([worker.job for worker in every]):
-                yield every
+                try:
+                    yield every
+                finally:
+                    for worker in every:
+                        worker.send_signal(signal.SIGCONT)
         finally:
             if logs:
                 logs.mkdir(parents=True, exist_ok=True)
@@ -107,6 +129,9 @@ def workers(variants: list[Variant], module: str, logs: Path | None) -> Iterator
 
 def serve(descriptor: str, actions: Any) -> None:
     """The worker's side: calls what it is asked for until nobody asks any more."""
+    if sys.platform == "linux":
+        # One that is stopped would outlive its parent, and keep its memory.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     connection = Connection(int(descriptor))
     with contextlib.suppress(EOFError):
         while True:

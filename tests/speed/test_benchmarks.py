@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import signal
+import subprocess
 import sys
-from itertools import groupby, pairwise
+import time
+from collections import Counter
+from itertools import groupby, pairwise, permutations
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -78,6 +84,48 @@ def test_a_worker_that_fails_says_why(tmp_path):
     assert (tmp_path / "fork.log").exists()
 
 
+def test_a_worker_takes_no_time_from_others():
+    with workers([Variant("fork", None)], "tests.speed.spinning_worker", None) as (worker,):
+        worker.start()
+        worker.ask("start")
+        before = worker.ask("cpu_seconds")
+        time.sleep(1)
+        assert worker.ask("cpu_seconds") - before < 0.5
+
+
+SUDDEN_END = """
+import os
+from benchmarks.speed.workers import Variant, workers
+with workers([Variant("fork", None)], "tests.speed.spinning_worker", None) as (worker,):
+    worker.start()
+    print(worker.ask("start"), flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_no_worker_outlives_its_benchmark():
+    """However that ends: a process that is stopped would keep its memory for good."""
+    command = [sys.executable, "-c", SUDDEN_END]
+    killed = subprocess.run(command, stdout=subprocess.PIPE, timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    with contextlib.suppress(psutil.NoSuchProcess):
+        worker = psutil.Process(int(killed.stdout))
+        deadline = time.monotonic() + 30
+        while worker.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline, "it is still there"
+            time.sleep(0.1)
+
+
+def test_an_engine_follows_each_of_the_others_alike():
+    names = "abcd"
+    with workers([Variant(name, None) for name in names], "", None) as engines:
+        turns = [serving.in_turn(engines, number, turns=12) for number in range(1, 8)]
+        order = [engine.variant.name for one in turns for engine in one]
+    assert [sorted(order[i : i + 4]) for i in range(0, len(order), 4)] == [list(names)] * 84
+    followed = Counter(pairwise(order))
+    assert all(followed[pair] > 10 for pair in permutations(names, 2))
+
+
 def test_parts_of_a_command_begin_where_its_lines_begin():
     script = "import time, sys\nfor line in ('one', 'two\\n', 'three\\n'):\n"
     script += "    time.sleep(0.3); sys.stdout.write(line)"
@@ -127,7 +175,7 @@ def test_serving_on_two_engines(models, stock_tree, tmp_path, monkeypatch):
         assert row["seconds"]["low"] > 0
         assert row["vllm"] == "fork" or row["ratio"]["median"] == 1
     for workload in result["workloads"]:
-        times = 2 * (serving.TURNS if workload["action"] == "decode" else 1)
+        times = 2 * workload["turns"]
         assert [len(rounds) for rounds in workload["rounds"].values()] == [times, times]
         if workload["action"] == "prefill":
             # 128 pixels a side are 16 image tokens.
