@@ -35,6 +35,7 @@ class Engine:
             "chunked_prefill": config.scheduler_config.enable_chunked_prefill,
             "async_scheduling": config.scheduler_config.async_scheduling,
             "cudagraph_mode": str(config.compilation_config.cudagraph_mode),
+            "compilation_seconds": config.compilation_config.compilation_time,
         }
 
     def admit(self, batch: int, prompt_tokens: int, turns: int, steps: int, seed: int) -> None:

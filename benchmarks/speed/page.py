@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .results import device
+from .results import device, times
 
 HERE = Path(__file__).parent
 SECTION = re.compile(r"(<!-- (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -38,12 +38,9 @@ def serving(result: dict[str, Any]) -> str:
     for workload, row in by_workload.items():
         line = [workload, milliseconds(row[names[0]])]
         for name in names[1:]:
-            ratio = row[name]["ratio"]
-            spread = f"{ratio['low']:.3f}–{ratio['high']:.3f}"
-            line.append(f"{milliseconds(row[name])}, × {ratio['median']:.3f} ({spread})")
+            line.append(f"{milliseconds(row[name])}, {times(row[name]['ratio'])}")
         lines.append(line)
-    rounds = len(next(iter(result["workloads"][-1]["rounds"].values())))
-    return table(["ms", *names], lines) + f"\n{rounds} rounds. {versions(result)}\n"
+    return table(["ms", *names], lines) + f"\n{result['rounds']} rounds. {versions(result)}\n"
 
 
 def milliseconds(row: dict[str, Any]) -> str:

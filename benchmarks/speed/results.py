@@ -62,6 +62,12 @@ def spread(values: Any) -> dict[str, float]:
     return {"median": float(median), "low": float(low), "high": float(high)}
 
 
+def times(ratio: dict[str, float]) -> str:
+    """A ratio and its quartiles; by itself where it was measured once."""
+    low, high = (f"{ratio[end]:.3f}" for end in ("low", "high"))
+    return f"× {ratio['median']:.3f}" + (f" ({low}–{high})" if ratio["low"] < ratio["high"] else "")
+
+
 def device(result: dict[str, Any]) -> str:
     machine = result["machine"]
     return machine["gpus"][0] if machine["gpus"] else f"{machine['cores']} cores, {machine['cpu']}"

@@ -126,7 +126,9 @@ def start(
             began = time.perf_counter()
             begin(engine)
             end(engine)
-            seconds[engine.variant.name].append({"seconds": time.perf_counter() - began})
+            took = {"seconds": time.perf_counter() - began}
+            took["compilation_seconds"] = told[engine.variant.name]["compilation_seconds"]
+            seconds[engine.variant.name].append(took)
             if number < starts - 1:
                 engine.stop()
     if not starts:
@@ -261,11 +263,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     for workload, row in by_workload.items():
         cells = [f"{1e3 * row[names[0]]['seconds']['median']:.2f}"]
         for name in names[1:]:
-            ratio = row[name]["ratio"]
-            cells.append(
-                f"{1e3 * row[name]['seconds']['median']:.2f}  × {ratio['median']:.3f} "
-                f"({ratio['low']:.3f}–{ratio['high']:.3f})"
-            )
+            median = 1e3 * row[name]["seconds"]["median"]
+            cells.append(f"{median:.2f}  {results.times(row[name]['ratio'])}")
         table.add_row(workload, *cells)
     console.print(table)
     console.print(f"×: to {names[0]}, the median of the rounds' ratios and their quartiles")

@@ -48,8 +48,9 @@ class Variant:
 class Worker:
     """A process that does what it is asked, and is stopped meanwhile.
 
-    It would not be idle: OpenMP's threads spin for a while after their work, on the cores of
-    whoever is next, whose steps take 4 to 30 times as long where there are two.
+    It would not be idle: vLLM's worker processes, of which there are some on CPUs, ask for work
+    without a pause for a second after the last of it. On two cores that made the others' steps
+    4 times as long, and a first token 30 times.
     """
 
     def __init__(self, variant: Variant, module: str, folder: Path):

@@ -1,4 +1,4 @@
-"""A worker with a thread that spins after its work, as OpenMP's do: started by the tests."""
+"""A worker with a thread that spins after its work, as vLLM's do: started by the tests."""
 
 from __future__ import annotations
 
