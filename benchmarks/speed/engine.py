@@ -35,7 +35,8 @@ class Engine:
             "chunked_prefill": config.scheduler_config.enable_chunked_prefill,
             "async_scheduling": config.scheduler_config.async_scheduling,
             "cudagraph_mode": str(config.compilation_config.cudagraph_mode),
-            "compilation_seconds": config.compilation_config.compilation_time,
+            # Not told by workers that are processes of their own, as CPUs have.
+            "compilation_seconds": config.compilation_config.compilation_time or None,
         }
 
     def admit(self, batch: int, prompt_tokens: int, turns: int, steps: int, seed: int) -> None:

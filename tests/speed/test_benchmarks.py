@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -103,10 +104,11 @@ with workers([Variant("fork", None)], "tests.speed.spinning_worker", None) as (w
 """
 
 
-def test_no_worker_outlives_its_benchmark():
+def test_no_worker_outlives_its_benchmark(tmp_path):
     """However that ends: a process that is stopped would keep its memory for good."""
     command = [sys.executable, "-c", SUDDEN_END]
-    killed = subprocess.run(command, stdout=subprocess.PIPE, timeout=60)
+    env = os.environ | {"TMPDIR": str(tmp_path)}  # nobody else cleans up
+    killed = subprocess.run(command, stdout=subprocess.PIPE, timeout=60, env=env)
     assert killed.returncode == -signal.SIGKILL
     with contextlib.suppress(psutil.NoSuchProcess):
         worker = psutil.Process(int(killed.stdout))
