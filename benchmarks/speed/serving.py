@@ -160,13 +160,14 @@ def measure(
         for k in dict.fromkeys((1, most // n))
     ]
     rounds: list[Rounds] = [{engine.variant.name: [] for engine in engines} for _ in workloads]
+    random = np.random.default_rng(0)
     task = progress.add_task("measuring", total=(args.rounds + 1) * len(workloads))
     for number in range(args.rounds + 1):
         for workload, answers in zip(workloads, rounds):
             progress.update(task, description=f"round {number}: {title(workload)}")
             how = {key: value for key, value in workload.items() if key != "action"}
             answered = decode if workload["action"] == "decode" else prefill
-            for name, answer in answered(engines, number, **how):
+            for name, answer in answered(engines, random, **how):
                 if number:
                     answers[name].append(answer)
             progress.advance(task)
@@ -174,28 +175,31 @@ def measure(
             yield [w | {"rounds": answers} for w, answers in zip(workloads, rounds)]
 
 
-def decode(engines: list[Worker], number: int, *, turns: int, steps: int, **how: Any) -> Answers:
+def decode(
+    engines: list[Worker], random: np.random.Generator, *, turns: int, steps: int, **how: Any
+) -> Answers:
     """All engines decode at the same time, but for a few steps at a time, one after another."""
     for engine in engines:
         engine.ask("admit", seed=0, turns=turns, steps=steps, **how)
-    for engine in in_turn(engines, number, turns):
+    for engine in in_turn(engines, random, turns):
         yield engine.variant.name, {"seconds": engine.ask("decode", steps=steps)}
     for engine in engines:
         engine.ask("finish")
 
 
-def prefill(engines: list[Worker], number: int, *, turns: int, **how: Any) -> Answers:
-    for engine in in_turn(engines, number, turns):
+def prefill(
+    engines: list[Worker], random: np.random.Generator, *, turns: int, **how: Any
+) -> Answers:
+    for engine in in_turn(engines, random, turns):
         yield engine.variant.name, engine.ask("prefill", seed=0, **how)
 
 
-def in_turn(engines: list[Worker], number: int, turns: int) -> Iterator[Worker]:
-    """A round's turns, each in an order of its own.
+def in_turn(engines: list[Worker], random: np.random.Generator, turns: int) -> Iterator[Worker]:
+    """A workload's turns, each in an order of its own.
 
     An engine finds the GPU as the one before it has left it, cooler after eager steps, between
     which it waits: if all turns had the same order, that would seem to be the engine's own.
     """
-    random = np.random.default_rng(number)
     for _ in range(turns):
         yield from (engines[index] for index in random.permutation(len(engines)))
 

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from itertools import groupby, pairwise, permutations
 
+import numpy as np
 import psutil
 import pytest
 from hypothesis import given
@@ -119,9 +120,9 @@ def test_no_worker_outlives_its_benchmark(tmp_path):
 
 
 def test_an_engine_follows_each_of_the_others_alike():
-    names = "abcd"
+    names, random = "abcd", np.random.default_rng(0)
     with workers([Variant(name, None) for name in names], "", None) as engines:
-        turns = [serving.in_turn(engines, number, turns=12) for number in range(1, 8)]
+        turns = [serving.in_turn(engines, random, turns) for turns in (12, 1, 1) * 6]
         order = [engine.variant.name for one in turns for engine in one]
     assert [sorted(order[i : i + 4]) for i in range(0, len(order), 4)] == [list(names)] * 84
     followed = Counter(pairwise(order))
