@@ -45,6 +45,14 @@ def in_release(item) -> bool:
     return all(SpecifierSet(text).contains(version) for text in ranges)
 
 
+def has_module(name: str) -> bool:
+    """Whether the vLLM that is imported has a module. It is not imported for that."""
+    try:
+        return (installed() / f"{name.replace('.', '/')}.py").is_file()
+    except OverlayError:
+        return False
+
+
 def deselect(config, items, kept) -> None:
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]

@@ -1,35 +1,53 @@
-"""The buffers' contract, on vLLM's own model classes.
+"""The buffers' contract, on vLLM's own model classes: the four methods, and what vLLM's tools
+do with the buffers.
 
 `test_releases.py` runs this folder on broken variants of vLLM: tests marked `bites` fail there.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from .bare_models import CLASSES, HIDDEN, LEVELS, ROWS, load, make, payload, read, stack
+from .bare_models import (
+    ALL,
+    HIDDEN,
+    LEVELS,
+    OMNI,
+    ROWS,
+    SHARED,
+    encoded,
+    load,
+    make,
+    payload,
+    read,
+    stack,
+)
 
 bites = pytest.mark.bites
-everywhere = bites("stock", "pr43617")
+everywhere = bites("stock", "pr43617", "newest")
+OLD = ["qwen3_vl", OMNI]
 
 
-@pytest.fixture(params=CLASSES)
-def cls(request):
-    return load(request.param)
+@pytest.fixture(params=SHARED)
+def name(request):
+    return request.param
 
 
 @bites("stock")
-def test_nothing_staged_reads_as_zeros(cls):
+def test_nothing_staged_reads_as_zeros(name):
     """D1: the profiling run has to see the inputs that later steps have."""
-    assert read(make(cls), 5).eq(0).all()
+    assert read(make(name), 5).eq(0).all()
 
 
 @bites("stock")
-def test_inputs_are_the_same_before_and_after_a_payload(cls):
-    model = make(cls)
+def test_inputs_are_the_same_before_and_after_a_payload(name):
+    model = make(name)
     before = model._get_deepstack_input_embeds(5)
     model._set_deepstack_input_embeds(payload(5))
     model._clear_deepstack_input_embeds(5)
@@ -39,9 +57,9 @@ def test_inputs_are_the_same_before_and_after_a_payload(cls):
 
 
 @bites("0.20.1")
-def test_payload_reads_back_and_padding_is_zeros(cls):
+def test_payload_reads_back_and_padding_is_zeros(name):
     """D10: a step is padded beyond the rows that were staged."""
-    model = make(cls)
+    model = make(name)
     model._set_deepstack_input_embeds(payload(5))
     assert read(model, 5).equal(payload(5))
     assert read(model, 7)[:, :5].equal(payload(5))
@@ -49,69 +67,41 @@ def test_payload_reads_back_and_padding_is_zeros(cls):
 
 
 @bites("stock")
-def test_payload_is_gone_once_cleared(cls):
-    model = make(cls)
+def test_payload_is_gone_once_cleared(name):
+    model = make(name)
     model._set_deepstack_input_embeds(payload(5))
     model._clear_deepstack_input_embeds(6)
     assert read(model, ROWS).eq(0).all()
 
 
 @bites("stock")
-def test_reading_is_a_view_that_shows_what_is_staged_later(cls):
+def test_reading_is_a_view_that_shows_what_is_staged_later(name):
     """A captured graph reads the storage that it was captured with."""
-    model = make(cls)
+    model = make(name)
     tensors = model._get_deepstack_input_embeds(5)
     model._set_deepstack_input_embeds(payload(5))
     assert stack(tensors).equal(payload(5))
 
 
-@everywhere
-def test_what_was_read_before_growing_shows_what_is_staged_after(cls):
-    """D5: a captured graph goes on reading the storage that it was captured with."""
-    model = make(cls)
-    captured = model._get_deepstack_input_embeds(5)
-    for rows in (ROWS + 1, 5 * ROWS, 3 * ROWS):
-        model._set_deepstack_input_embeds(payload(rows, seed=rows))
-        assert stack(captured).equal(payload(rows, seed=rows)[:, :5])
-    model._set_deepstack_input_embeds(payload(2))
-    assert stack(captured)[:, :2].equal(payload(2))
-    assert stack(captured)[:, 2:].eq(0).all()
-    model._clear_deepstack_input_embeds(2)
-    assert stack(captured).eq(0).all()
-
-
-@bites("pr43617")
-def test_small_steps_go_on_reading_what_a_graph_has_captured(cls):
-    """D5: or the graph's copy would show another payload than the next step's."""
-    model = make(cls)
-    model._set_deepstack_input_embeds(payload(5))
-    captured = model._get_deepstack_input_embeds(5)
-    model._get_deepstack_input_embeds(ROWS + 1)
-    again = model._get_deepstack_input_embeds(5)
-    assert stack(again).equal(payload(5))
-    for key, tensor in captured.tensors.items():
-        assert again[key].data_ptr() == tensor.data_ptr()
-
-
-def test_longer_payload_grows_the_buffers(cls):
-    model = make(cls)
+def test_longer_payload_grows_the_buffers(name):
+    model = make(name)
     model._set_deepstack_input_embeds(payload(ROWS + 3))
     assert read(model, ROWS + 3).equal(payload(ROWS + 3))
 
 
 @everywhere
-def test_reading_beyond_the_rows_keeps_the_payload(cls):
-    """D4: a padded step may have more tokens than the buffers have rows."""
-    model = make(cls)
+def test_reading_beyond_the_rows_keeps_the_payload(name):
+    """D4."""
+    model = make(name)
     model._set_deepstack_input_embeds(payload(5))
     assert read(model, ROWS + 3)[:, :5].equal(payload(5))
     assert read(model, ROWS + 3)[:, 5:].eq(0).all()
 
 
 @everywhere
-def test_shorter_payload_leaves_nothing_of_a_longer_one(cls):
+def test_shorter_payload_leaves_nothing_of_a_longer_one(name):
     """D6."""
-    model = make(cls)
+    model = make(name)
     model._set_deepstack_input_embeds(payload(6, seed=1))
     model._set_deepstack_input_embeds(payload(2, seed=2))
     assert read(model, ROWS)[:, :2].equal(payload(2, seed=2))
@@ -119,8 +109,8 @@ def test_shorter_payload_leaves_nothing_of_a_longer_one(cls):
 
 
 @everywhere
-def test_clearing_some_rows_leaves_the_others_staged(cls):
-    model = make(cls)
+def test_clearing_some_rows_leaves_the_others_staged(name):
+    model = make(name)
     model._set_deepstack_input_embeds(payload(6))
     model._clear_deepstack_input_embeds(2)
     assert read(model, 6)[:, :2].eq(0).all()
@@ -129,8 +119,8 @@ def test_clearing_some_rows_leaves_the_others_staged(cls):
     assert read(model, 6).eq(0).all()
 
 
-def test_payload_takes_the_buffers_dtype(cls):
-    model = make(cls, dtype=torch.bfloat16)
+def test_payload_takes_the_buffers_dtype(name):
+    model = make(name, dtype=torch.bfloat16)
     model._set_deepstack_input_embeds(payload(3))
     assert read(model, 3).equal(payload(3).bfloat16())
 
@@ -139,29 +129,14 @@ def test_payload_takes_the_buffers_dtype(cls):
 @pytest.mark.parametrize(
     "shape", [(LEVELS - 1, 3, HIDDEN), (LEVELS, 3, 1), (LEVELS + 1, 3, HIDDEN)]
 )
-def test_payload_of_another_shape_is_an_error(cls, shape):
+def test_payload_of_another_shape_is_an_error(name, shape):
     """PyTorch would spread hidden size 1 over all of a row, and the model would drop a level."""
-    model = make(cls)
+    model = make(name)
     with pytest.raises(
         ValueError, match=f"{shape[0]} levels, hidden size {shape[2]}, .*{LEVELS} levels"
     ):
         model._set_deepstack_input_embeds(torch.ones(shape))
     assert read(model, ROWS).eq(0).all()
-
-
-@pytest.mark.parametrize("buffers", [None, "empty", pytest.param("meta", marks=bites("pr43617"))])
-def test_no_vision_tower(cls, buffers):
-    """D3: no buffers, no levels, or buffers of a tower that vLLM does not load."""
-    model = make(cls, device="meta" if buffers == "meta" else None)
-    if buffers is None:
-        del model.deepstack_input_embeds, model.deepstack_input_embeds_num_tokens
-    elif buffers == "empty":
-        model.deepstack_input_embeds = []
-    assert model._get_deepstack_input_embeds(5) is None
-    if buffers != "meta":
-        model._set_deepstack_input_embeds(payload(5))
-    model._clear_deepstack_input_embeds(5)
-    assert model._get_deepstack_input_embeds(5) is None
 
 
 steps = st.lists(
@@ -176,10 +151,10 @@ steps = st.lists(
 
 @everywhere
 @settings(max_examples=200, deadline=None)
-@given(st.sampled_from(list(CLASSES)), steps)
-def test_any_order_of_calls(module, steps):
+@given(st.sampled_from(SHARED), steps)
+def test_any_order_of_calls(name, steps):
     """A row holds the payload last staged there, or zeros: against a model of plain rows."""
-    model, expected = make(load(module)), torch.zeros(LEVELS, 4 * ROWS, HIDDEN)
+    model, expected = make(name), torch.zeros(LEVELS, 4 * ROWS, HIDDEN)
     for seed, (call, tokens) in enumerate(steps):
         if call == "set":
             model._set_deepstack_input_embeds(payload(tokens, seed))
@@ -190,3 +165,155 @@ def test_any_order_of_calls(module, steps):
         else:
             assert read(model, tokens).equal(expected[:, :tokens])
     assert read(model, 3 * ROWS).equal(expected[:, : 3 * ROWS])
+
+
+def test_attributes_have_upstreams_types(name):
+    """Plugins replace methods by such that begin as upstream's: `if not getattr(self, …)`."""
+    model = make(name)
+    for call in (lambda: None, lambda: model._set_deepstack_input_embeds(payload(5))):
+        call()
+        buffers = getattr(model, "deepstack_input_embeds", None)
+        assert isinstance(buffers, list) and bool(buffers)
+        assert [tuple(buffer.shape) for buffer in buffers] == [(ROWS, HIDDEN)] * LEVELS
+        assert isinstance(model.deepstack_input_embeds_num_tokens, int)
+
+
+def test_a_plugin_that_replaces_methods(name, monkeypatch):
+    """As vllm-ascend's do: they index the list, and make a new one to grow."""
+
+    def get(self, num_tokens):
+        if not getattr(self, "deepstack_input_embeds", None):
+            return None
+        return [self.deepstack_input_embeds[i][:num_tokens] for i in range(LEVELS)]
+
+    def clear(self, num_tokens):
+        if not getattr(self, "deepstack_input_embeds", None):
+            return
+        for level in range(LEVELS):
+            self.deepstack_input_embeds[level][:num_tokens].zero_()
+
+    cls = load(name)
+    monkeypatch.setattr(cls, "_get_deepstack_input_embeds", get)
+    monkeypatch.setattr(cls, "_clear_deepstack_input_embeds", clear)
+    model = make(name)
+    model.deepstack_input_embeds = [torch.zeros(2 * ROWS, HIDDEN) for _ in range(LEVELS)]
+    model._set_deepstack_input_embeds(payload(ROWS + 2))
+    assert torch.stack(model._get_deepstack_input_embeds(ROWS + 2)).equal(payload(ROWS + 2))
+    model._clear_deepstack_input_embeds(ROWS + 2)
+    assert torch.stack(model._get_deepstack_input_embeds(2 * ROWS)).eq(0).all()
+
+
+def registered(model) -> list[torch.Tensor]:
+    return [buffer for _, buffer in model.named_buffers()]
+
+
+REGISTERED = [
+    pytest.param(name, marks=pytest.mark.release(">=0.26")) if name == "granite4_vision" else name
+    for name in ALL
+]
+
+
+@everywhere
+@pytest.mark.parametrize("name", REGISTERED)
+def test_buffers_are_registered(name):
+    """D7: `sleep(level=2)` saves and restores, in place, what `named_buffers()` lists."""
+    model = make(name)
+    assert len(registered(model)) == LEVELS
+    assert not any(key.startswith("deepstack") for key in model.state_dict())
+    model.to(torch.bfloat16)
+    assert all(buffer.dtype == torch.bfloat16 for buffer in registered(model))
+    if name in SHARED:
+        assert read(model, 3).dtype == torch.bfloat16
+
+
+def test_growing_leaves_no_other_buffers_registered(name):
+    model = make(name)
+    model._set_deepstack_input_embeds(payload(ROWS + 3))
+    assert [len(buffer) for buffer in registered(model)] == [ROWS + 3] * LEVELS
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_weights_are_reloaded_around_the_buffers(name):
+    """vLLM's `reload_weights`: a graph has captured the buffers' addresses."""
+    reload = import_module("vllm.model_executor.model_loader.reload")
+    model = make(name)
+    if name == "granite4_vision":
+        model.image_newline = torch.nn.Parameter(torch.ones(HIDDEN), requires_grad=False)
+    of = "_ds_buffers" if name == "granite4_vision" else "deepstack_input_embeds"
+    for level, buffer in enumerate(getattr(model, of)):
+        buffer.fill_(level + 1)
+    addresses = [buffer.data_ptr() for buffer in getattr(model, of)]
+    reload.record_metadata_for_reloading(model)
+    reload.initialize_layerwise_reload(model)
+    if name == "granite4_vision":
+        loader = model.image_newline.weight_loader
+        loader(model.image_newline, torch.full((HIDDEN,), 2.0))
+    reload.finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.float32))
+    assert [buffer.data_ptr() for buffer in getattr(model, of)] == addresses
+    for level, buffer in enumerate(getattr(model, of)):
+        assert buffer.eq(level + 1).all()
+
+
+@pytest.mark.release(">=0.31")
+@pytest.mark.parametrize("name", ALL)
+def test_weight_cache_shares_no_staging(name):
+    """vLLM's weight cache maps what `named_buffers()` lists into other engines."""
+    loader = import_module("vllm.model_executor.model_loader.weight_cache.ipc_loader")
+    daemon, engine = make(name), make(name)
+    entries = {
+        key: SimpleNamespace(kind="buffer", rebuild=lambda index, tensor=tensor: tensor)
+        for key, tensor in daemon.named_buffers(remove_duplicate=False)
+    }
+    state = SimpleNamespace(entries=entries, aliases={})
+    loader.IpcModelLoader._apply_entries(SimpleNamespace(mode="zero_copy"), engine, state, 0)
+    of = "_ds_buffers" if name == "granite4_vision" else "deepstack_input_embeds"
+    for buffer in getattr(engine, of):
+        buffer.fill_(1)
+    assert all(buffer.eq(0).all() for buffer in getattr(daemon, of))
+
+
+def without_tower(model, enable_mm_embeds: bool):
+    utils = import_module("vllm.model_executor.models.utils")
+    model.visual = utils.StageMissingLayer("vision_tower", torch.nn.Identity())
+    model.multimodal_config.enable_mm_embeds = enable_mm_embeds
+    return model
+
+
+def test_no_buffers_read_as_none(name):
+    """No vision tower, or no levels."""
+    model = make(name)
+    model._deepstack_names = ()
+    assert model._get_deepstack_input_embeds(5) is None
+    model._set_deepstack_input_embeds(payload(5))
+    model._clear_deepstack_input_embeds(5)
+    assert model._get_deepstack_input_embeds(5) is None
+
+
+def test_text_only_engines_make_no_buffers(name):
+    """D3: `__init__`s ask `use_deepstack` first; on the meta device they would be no inputs."""
+    model = without_tower(make(name), enable_mm_embeds=False)
+    model.use_deepstack = True  # as up to 0.27.1, which do not look at the tower
+    assert model.use_deepstack is False
+
+
+def test_engines_that_are_sent_embeddings_stage_their_levels(name):
+    """D15: without a tower; vLLM makes the buffers in its context, or says there are none."""
+    model = without_tower(make(name), enable_mm_embeds=True)
+    model.use_deepstack = False  # as from 0.28 on
+    assert model.use_deepstack is True
+    with torch.device("meta"):
+        model.deepstack_input_embeds = [torch.zeros(ROWS, HIDDEN) for _ in range(LEVELS)]
+    assert not any(buffer.is_meta for buffer in model.deepstack_input_embeds)
+    model._set_deepstack_input_embeds(payload(5))
+    assert read(model, 5).equal(payload(5))
+
+
+def test_levels_are_dropped_where_there_are_no_buffers():
+    """InternS1-Pro inherits Qwen3-VL's class, and makes none: as released. `status` names it."""
+    from .bare_models import IMAGE, TEXT, embed
+
+    model = make("qwen3_vl")
+    model._deepstack_names = ()
+    inputs = embed(model, [TEXT, IMAGE, IMAGE, TEXT], [encoded(2, 1)])
+    assert inputs[1:3].equal(encoded(2, 1)[:, :HIDDEN])
+    assert model._get_deepstack_input_embeds(4) is None

@@ -1,7 +1,8 @@
-"""`embed_input_ids`, on vLLM's own model classes: every image token's features land in its row."""
+"""`embed_input_ids`, on vLLM's own model classes: every token's features land in its row."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -9,39 +10,38 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from .bare_models import CLASSES, HIDDEN, LEVELS, ROWS, load, make, payload, read
+from .bare_models import (
+    ALL,
+    AUDIO,
+    HIDDEN,
+    IMAGE,
+    LEVELS,
+    OMNI,
+    PROMPT_EMBEDS,
+    ROWS,
+    SHARED,
+    TEXT,
+    VIDEO,
+    WIDTH,
+    embed,
+    embeddings_of,
+    encoded,
+    forward_reads,
+    levels_of,
+    make,
+    medium,
+    payload,
+    read,
+)
 
-everywhere = pytest.mark.bites("stock", "pr43617")
-TEXT, IMAGE, VIDEO, AUDIO = 3, 11, 12, 13
-WIDTH = (1 + LEVELS) * HIDDEN
+everywhere = pytest.mark.bites("stock", "pr43617", "newest")
+STEP = [TEXT, IMAGE, IMAGE, TEXT, IMAGE, TEXT]
 
 
-def embedder(module: str, **kind):
-    """A bare model that embeds multimodal tokens."""
-    model = make(load(module), **kind)
-    model.config = SimpleNamespace(
-        text_config=SimpleNamespace(hidden_size=HIDDEN),
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        audio_token_id=AUDIO,
-    )
-    model.use_deepstack = True
-    model.visual_dim, model.multiscale_dim = HIDDEN, LEVELS * HIDDEN
-    model.visual = SimpleNamespace(deepstack_visual_indexes=list(range(LEVELS)))
-    model.language_model.embed_input_ids = torch.nn.Embedding(16, HIDDEN, **kind)
-    model.get_language_model = lambda: model.language_model
-    return model
-
-
-def encoded(tokens: int, seed: int, width: int = WIDTH) -> torch.Tensor:
-    return torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed))
-
-
-def embed(model, tokens: list[int], embeddings: list[torch.Tensor]) -> torch.Tensor:
-    ids = torch.tensor(tokens)
-    is_multimodal = (ids != TEXT).cpu()
-    with torch.inference_mode():
-        return model.embed_input_ids(ids, list(embeddings), is_multimodal=is_multimodal)
+def embeds_for(kind: int, tokens: int, seed: int) -> torch.Tensor:
+    embeds = encoded(tokens, seed, WIDTH if kind in (IMAGE, VIDEO) else HIDDEN)
+    embeds.modality = {IMAGE: "image", VIDEO: "video", AUDIO: "audio"}.get(kind, "prompt_embeds")
+    return embeds
 
 
 def expected(tokens: list[int], embeddings: list[torch.Tensor]) -> torch.Tensor:
@@ -55,26 +55,23 @@ def expected(tokens: list[int], embeddings: list[torch.Tensor]) -> torch.Tensor:
     return levels
 
 
-def step(other: int) -> st.SearchStrategy[list[tuple[int, int]]]:
-    return st.lists(st.tuples(st.sampled_from([TEXT, IMAGE, other]), st.integers(1, ROWS)))
-
-
-# Not both of them: some releases take audio beside a video for the video's own.
-steps = st.lists(st.one_of(step(VIDEO), step(AUDIO)), min_size=1, max_size=4)
+KINDS = [TEXT, IMAGE, VIDEO, AUDIO, PROMPT_EMBEDS]
+batch = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(1, ROWS)))
 
 
 @everywhere
-@settings(max_examples=200, deadline=None)
-@given(st.sampled_from(list(CLASSES)), steps)
-def test_features_land_in_their_rows_and_leave_with_their_step(module, batches):
-    """Steps of text, images, video and audio, of any lengths; D2, D4 to D6."""
-    model = embedder(module)
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(SHARED), st.lists(batch, min_size=1, max_size=4))
+def test_features_land_in_their_rows_and_leave_with_their_step(name, batches):
+    """Steps of text, images, video, audio and `prompt_embeds`, of any lengths and in any order;
+    D2, D4, D6, D14."""
+    model = make(name)
     for number, batch in enumerate(batches):
-        if module == "qwen3_vl":
+        if name != OMNI:
             batch = [(VIDEO if kind == AUDIO else kind, length) for kind, length in batch]
         tokens = [kind for kind, length in batch for _ in range(length)] or [TEXT]
         embeddings = [
-            encoded(length, 100 * number + i, HIDDEN if kind == AUDIO else WIDTH)
+            embeds_for(kind, length, 100 * number + i)
             for i, (kind, length) in enumerate(batch)
             if kind != TEXT
         ]
@@ -87,29 +84,36 @@ def test_features_land_in_their_rows_and_leave_with_their_step(module, batches):
         assert padded[:, len(tokens) :].eq(0).all()
 
 
-@pytest.fixture(params=CLASSES)
-def module(request):
-    return request.param
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from([VIDEO, AUDIO]), min_size=2, max_size=8), st.permutations(range(4)))
+def test_audio_in_video(alternating, order):
+    """Tokens of the two alternate; embeddings come one after the other. Other requests' media
+    and `prompt_embeds` are in the step, before and after."""
+    model = make(OMNI)
+    spans = {0: [IMAGE, IMAGE], 1: [PROMPT_EMBEDS], 2: [AUDIO], 3: alternating}
+    tokens, embeddings = [TEXT], []
+    for seed in order:
+        tokens += [*spans[seed], TEXT]
+        for kind in (IMAGE, VIDEO, AUDIO, PROMPT_EMBEDS):
+            if count := spans[seed].count(kind):
+                embeddings.append(embeds_for(kind, count, 10 * seed + kind))
+    inputs = embed(model, tokens, embeddings)
+    assert read(model, len(tokens)).equal(expected(tokens, embeddings))
+    for kind in (IMAGE, VIDEO, AUDIO, PROMPT_EMBEDS):
+        modality = embeds_for(kind, 1, 0).modality
+        parts = [e[:, :HIDDEN] for e in embeddings if e.modality == modality]
+        if parts:
+            rows = [row for row, token in enumerate(tokens) if token == kind]
+            assert inputs[rows].equal(torch.cat(parts))
 
 
-STEP = [TEXT, IMAGE, IMAGE, TEXT, IMAGE, TEXT]
-
-
-def test_audio_in_video():
-    """Tokens of the two alternate; embeddings come one after the other."""
-    model = embedder("qwen3_omni_moe_thinker")
-    tokens = [VIDEO, VIDEO, AUDIO, VIDEO, AUDIO, TEXT]
-    video, audio = encoded(3, 1), encoded(2, 2, HIDDEN)
-    video.modality, audio.modality = "video", "audio"  # which vLLM 0.32 and later ask for
-    embed(model, tokens, [video, audio])
-    assert read(model, 8)[:, :6].equal(expected(tokens, [video, audio]))
-
-
+@pytest.mark.parametrize("name", ["qwen3_vl", OMNI])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("offset, extra", [(0, 0), (1, 5)])
-def test_embeddings_of_any_strides_and_dtype(module, dtype, offset, extra):
+def test_embeddings_of_any_strides_and_dtype(name, dtype, offset, extra):
     """Efficient Video Sampling hands over slices of wider tensors."""
-    model = embedder(module, dtype=dtype)
+    model = make(name, dtype=dtype)
+    model.language_model.to(dtype)
     wide = encoded(3, 1, offset + WIDTH + extra).to(dtype)
     embeddings = wide[:, offset : offset + WIDTH]
     embed(model, STEP, [embeddings[:2], embeddings[2:]])
@@ -117,46 +121,73 @@ def test_embeddings_of_any_strides_and_dtype(module, dtype, offset, extra):
 
 
 @everywhere
-def test_payload_that_replaces_another_of_other_rows(module):
-    model = embedder(module)
+@pytest.mark.parametrize("name", SHARED)
+def test_payload_that_replaces_another_of_other_rows(name):
+    model = make(name)
     model._set_deepstack_input_embeds(payload(ROWS))
     embed(model, STEP, [encoded(2, 1), encoded(1, 2)])
     assert read(model, ROWS)[:, :6].equal(expected(STEP, [encoded(2, 1), encoded(1, 2)]))
     assert read(model, ROWS)[:, 6:].eq(0).all()
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.sampled_from(list(CLASSES)), st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6))))
-def test_slices_of_one_tensor(module, slices):
-    """Images that were encoded together, and chunks of them: neighbors in memory, or not."""
-    model = embedder(module)
-    together = encoded(6, 1)
-    embeddings = [together[min(s) : max(s)] for s in slices]
-    tokens = [IMAGE for embeds in embeddings for _ in embeds] + [TEXT]
-    embed(model, tokens, embeddings)
-    assert read(model, len(tokens)).equal(expected(tokens, embeddings))
-
-
+@pytest.mark.parametrize("name", SHARED)
 @pytest.mark.parametrize("counts", [(2,), (2, 2)])
-def test_embeddings_that_do_not_fit_the_placeholders_are_an_error(module, counts):
-    model = embedder(module)
+def test_embeddings_that_do_not_fit_the_placeholders_are_an_error(name, counts):
+    model = make(name)
     embeddings = [encoded(count, seed) for seed, count in enumerate(counts)]
     with pytest.raises(ValueError, match=r"3 placeholders"):
         embed(model, STEP, embeddings)
 
 
-def test_embeddings_without_levels_are_not_taken_for_staged_ones():
-    """Qwen3-VL's own error, whatever an earlier step has staged."""
-    model = embedder("qwen3_vl")
-    embed(model, STEP, [encoded(3, 1)])
-    with pytest.raises((RuntimeError, ValueError)):
-        embed(model, STEP, [encoded(3, 1, HIDDEN)])
+@pytest.mark.parametrize("name", ALL)
+def test_levels_of_every_model_land_in_their_rows(name, one_process):
+    model, token = make(name), medium(name)
+    embeddings = [embeddings_of(name, 2, 1), embeddings_of(name, 1, 2)]
+    embed(model, [TEXT, token, token, TEXT, token], embeddings)
+    seen = forward_reads(model, 7)
+    assert seen[:, [1, 2, 4]].equal(torch.cat([levels_of(e) for e in embeddings], dim=1))
+    assert seen[:, [0, 3, 5, 6]].eq(0).all()
 
 
-def test_levels_are_dropped_where_there_are_no_buffers():
-    """InternS1-Pro: inherits Qwen3-VL's class, and makes none."""
-    model = embedder("qwen3_vl")
-    del model.deepstack_input_embeds
-    inputs = embed(model, STEP, [encoded(3, 1)])
-    assert inputs[[1, 2, 4]].equal(encoded(3, 1)[:, :HIDDEN])
-    assert model._get_deepstack_input_embeds(6) is None
+class TestRequestsOwnEmbeddings:
+    """D15: refused where it is one request's error, in the processor."""
+
+    @pytest.fixture(params=["qwen3_vl", OMNI, "cohere_compass"])
+    def processor(self, request):
+        if request.param not in ALL:
+            pytest.skip("this release has no such model")
+        name = {
+            "qwen3_vl": "Qwen3VLMultiModalProcessor",
+            OMNI: "Qwen3OmniMoeThinkerMultiModalProcessor",
+            "cohere_compass": "CohereCompassMultiModalProcessor",
+        }[request.param]
+        module = import_module(f"vllm.model_executor.models.{request.param}")
+        processor = getattr(module, name).__new__(getattr(module, name))
+        vision = SimpleNamespace(
+            spatial_merge_size=2, out_hidden_size=HIDDEN, deepstack_visual_indexes=[0, 1, 2]
+        )
+        processor.info = SimpleNamespace(
+            get_hf_config=lambda: SimpleNamespace(vision_config=vision)
+        )
+        return processor
+
+    GRID = torch.tensor([[1, 2, 4], [1, 2, 2]])
+
+    def fields(self, processor, embeds):
+        inputs = {"image_embeds": embeds, "image_grid_thw": self.GRID}
+        return processor._get_mm_fields_config(inputs, {})
+
+    @pytest.mark.parametrize("listed", [False, True])
+    def test_with_levels(self, processor, listed):
+        embeds = [encoded(2, 1), encoded(1, 2)]
+        assert "image_embeds" in self.fields(processor, embeds if listed else torch.cat(embeds))
+
+    @everywhere
+    @pytest.mark.parametrize("width", [HIDDEN, WIDTH - HIDDEN, WIDTH + 1])
+    def test_of_another_width(self, processor, width):
+        for embeds in (encoded(3, 1, width), [encoded(2, 1), encoded(1, 1, width)]):
+            with pytest.raises(ValueError, match=rf"{width} wide; the model takes {WIDTH}"):
+                self.fields(processor, embeds)
+
+    def test_none(self, processor):
+        assert processor._get_mm_fields_config({"image_grid_thw": self.GRID}, {})

@@ -9,87 +9,155 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from .bare_models import CLASSES, LEVELS, ROWS, load, make, payload, read, run_forward, stack
+from .bare_models import (
+    ALL,
+    HIDDEN,
+    IMAGE,
+    LEVELS,
+    ROWS,
+    SHARED,
+    TEXT,
+    embed,
+    embeddings_of,
+    forward_reads,
+    levels_of,
+    make,
+    medium,
+    payload,
+    read,
+    run_forward,
+    stack,
+)
 
+pytestmark = pytest.mark.usefixtures("one_process")
 bites = pytest.mark.bites
-everywhere = bites("stock", "pr43617")
+everywhere = bites("stock", "pr43617", "newest")
+
+# MOSS-Audio came with 0.24, without #43617's change: D1, and no payload to outlive its step.
+AFFECTED_BY_D1 = [
+    pytest.param(name, marks=bites("newest" if name == "moss_audio" else "stock"))
+    if name != "granite4_vision"
+    else name
+    for name in ALL
+]
+AFFECTED_BY_D2 = [
+    name if name == "moss_audio" else pytest.param(name, marks=everywhere) for name in ALL
+]
 
 
-@pytest.fixture(params=CLASSES)
-def model(request, one_process):
-    return make(load(request.param))
+def image_step(model, name: str, tokens: int, seed: int = 1) -> torch.Tensor:
+    """Embeds a text token and a medium of `tokens - 1`; the levels `[levels, tokens, hidden]`."""
+    embeddings = embeddings_of(name, tokens - 1, seed)
+    embed(model, [TEXT, *[medium(name)] * (tokens - 1)], [embeddings])
+    return torch.nn.functional.pad(levels_of(embeddings), (0, 0, 1, 0))
 
 
-@pytest.fixture(scope="session")
-def one_process(tmp_path_factory):
-    """vLLM's parallel groups, of this process alone: `forward` asks them for its stage."""
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed import parallel_state
+@pytest.mark.parametrize("name", AFFECTED_BY_D1)
+def test_decoder_compiled_in_the_profiling_run_takes_levels_later(name):
+    """D1, as vLLM compiles: once, on the profiling run's inputs, with all guards dropped. Then a
+    step of 8 tokens, padded to 16, is the same compiled as eager."""
+    torch._dynamo.reset()  # without guards, another model's graph would be taken
+    eager, compiled = make(name, rows=16), make(name, rows=16)
+    inside = compiled.language_model.model
+    inside.forward = torch.compile(
+        inside.forward,
+        backend="eager",
+        dynamic=True,
+        fullgraph=True,
+        options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
+    )
+    run_forward(compiled, 16)
+    run_forward(eager, 16)
+    for model in (eager, compiled):
+        levels = image_step(model, name, 8)
+    outputs = [run_forward(model, 16) for model in (eager, compiled)]
+    expected = torch.ones(16, HIDDEN)
+    expected[:8] += levels.sum(0)
+    torch.testing.assert_close(outputs[1], expected)
+    torch.testing.assert_close(outputs[0], expected)
 
-    init = f"file://{tmp_path_factory.mktemp('group') / 'init'}"
-    with set_current_vllm_config(VllmConfig()):
-        parallel_state.init_distributed_environment(1, 0, init, 0, "gloo")
-        parallel_state.initialize_model_parallel(backend="gloo")
-        yield
-        parallel_state.destroy_model_parallel()
-        parallel_state.destroy_distributed_environment()
+
+@pytest.mark.parametrize("name", AFFECTED_BY_D2)
+@pytest.mark.parametrize("between", ["nothing", "text"])
+def test_text_step_holds_no_rows_of_an_image_step_before_it(name, between):
+    """D2: a full CUDA graph replays without the Python in `forward` that clears."""
+    model = make(name)
+    forward_reads(model, ROWS)
+    image_step(model, name, 5)
+    if between == "text":
+        embed(model, [TEXT], [])
+    embed(model, [TEXT], [])
+    assert forward_reads(model, ROWS).eq(0).all()
 
 
 @everywhere
+@pytest.mark.parametrize("name", SHARED)
 @pytest.mark.parametrize("staged, cleared", [(1, 0), (6, 0), (6, 2), (ROWS + 3, 0)])
-def test_payload_that_forward_did_not_clear_is_gone_at_the_next_step(model, staged, cleared):
-    """D2: a full CUDA graph replays without the Python in `forward` that clears."""
+def test_payload_that_forward_did_not_clear_is_gone_at_the_next_step(name, staged, cleared):
+    model = make(name)
     model._set_deepstack_input_embeds(payload(staged))
     model._clear_deepstack_input_embeds(cleared)
-    ids = torch.tensor([3])
-    assert model.embed_input_ids(ids).equal(model.language_model.embed_input_ids(ids))
+    inputs = embed(model, [TEXT], [])
+    assert inputs.equal(model.language_model.embed_input_ids(torch.tensor([TEXT])))
     assert read(model, max(staged, ROWS)).eq(0).all()
 
 
-@bites("stock")
-def test_forward_reads_what_is_staged_and_clears_it(model):
-    seen = []
-    model.language_model.decoder.during = lambda step: seen.append(stack(step).clone())
-    run_forward(model, 5)
-    model._set_deepstack_input_embeds(payload(3))
-    run_forward(model, 5)
-    run_forward(model, 5)
-    profiled, step, later = seen
-    assert profiled.eq(0).all() and later.eq(0).all()
-    assert step[:, :3].equal(payload(3)) and step[:, 3:].eq(0).all()
+@pytest.mark.parametrize("name", AFFECTED_BY_D2)
+def test_shorter_image_step_holds_no_rows_of_a_longer_one(name):
+    model = make(name)
+    image_step(model, name, 7)
+    levels = image_step(model, name, 3, seed=2)
+    seen = forward_reads(model, ROWS)
+    assert seen[:, :3].equal(levels)
+    assert seen[:, 3:].eq(0).all()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_forward_reads_what_is_staged_and_no_later_step_does(name):
+    model = make(name)
+    levels = image_step(model, name, 3)
+    seen = forward_reads(model, 5)
+    assert seen[:, :3].equal(levels) and seen[:, 3:].eq(0).all()
+    embed(model, [TEXT], [])
+    assert forward_reads(model, 5).eq(0).all()
 
 
 @everywhere
-@pytest.mark.parametrize("staged", [0, 3])
-def test_buffers_take_the_dtype_of_the_decoders_inputs(model, staged):
-    """D7. A payload that is staged already goes with them."""
-    seen = []
-    model.language_model.decoder.during = lambda step: seen.append(stack(step).clone())
-    if staged:
-        model._set_deepstack_input_embeds(payload(staged))
-    run_forward(model, 5, dtype=torch.bfloat16)
-    model._set_deepstack_input_embeds(payload(5))
-    run_forward(model, 5, dtype=torch.bfloat16)
-    assert seen[0].dtype == seen[1].dtype == torch.bfloat16
-    if staged:
-        assert seen[0][:, :staged].equal(payload(staged).bfloat16())
-    assert seen[1].equal(payload(5).bfloat16())
+@pytest.mark.parametrize("name", SHARED)
+def test_whole_model_compiled(name):
+    """`CompilationMode.STOCK_TORCH_COMPILE` traces `forward` with `fullgraph=True`, where plain
+    attributes that change from step to step are guards."""
+    model = make(name, rows=64)
+    graphs = []
 
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
 
-def test_buffers_stay_where_they_are_once_they_are_where_the_decoder_is(model):
-    run_forward(model, 5)
-    before = [buffer.data_ptr() for buffer in model.deepstack_input_embeds]
-    model._set_deepstack_input_embeds(payload(5))
-    run_forward(model, 5)
-    run_forward(model, 2)
-    assert [buffer.data_ptr() for buffer in model.deepstack_input_embeds] == before
+    compiled = torch.compile(model.forward, backend=backend, fullgraph=True)
+    with torch.inference_mode():
+        for step in range(60):
+            tokens = 2 + (7 * step) % 41
+            levels = torch.zeros(LEVELS, tokens, HIDDEN)
+            if step % 2:
+                levels = image_step(model, name, tokens, seed=step)
+            else:
+                embed(model, [TEXT] * tokens, [])
+            inputs = torch.ones(tokens, HIDDEN)
+            output = compiled(input_ids=None, positions=torch.zeros(tokens), inputs_embeds=inputs)
+            torch.testing.assert_close(output, 1 + levels.sum(0))
+    assert len(graphs) <= 8
 
 
 @everywhere
+@pytest.mark.parametrize("name", SHARED)
 @pytest.mark.parametrize("first, second", [(3, 3), (2, 5), (ROWS, ROWS)])
-def test_micro_batches_read_their_own_rows(model, monkeypatch, first, second):
+def test_micro_batches_read_their_own_rows(name, monkeypatch, first, second):
     """D9: dual-batch overlap runs the second half while the first half has yet to read."""
     from vllm.v1.worker import ubatching
+
+    model = make(name)
+    decoder = model.language_model.model
 
     def micro_batch(number: int, tokens: int) -> None:
         monkeypatch.setitem(ubatching._THREAD_ID_TO_CONTEXT, threading.get_ident(), number)
@@ -98,20 +166,39 @@ def test_micro_batches_read_their_own_rows(model, monkeypatch, first, second):
     seen = {}
 
     def during_first(step):
-        model.language_model.decoder.during = lambda step: seen.update(second=stack(step).clone())
+        decoder.during = lambda step: seen.update(second=stack(step).clone())
         micro_batch(1, second)
         seen["first"] = stack(step).clone()
 
     staged = payload(first + second)
-    model._set_deepstack_input_embeds(staged)
-    model.language_model.decoder.during = during_first
-    micro_batch(0, first)
-    assert seen["first"].equal(staged[:, :first])
-    assert seen["second"].equal(staged[:, first:])
+    for _ in range(2):  # the second time around, as another step
+        model._set_deepstack_input_embeds(staged)
+        decoder.during = during_first
+        micro_batch(0, first)
+        assert seen["first"].equal(staged[:, :first])
+        assert seen["second"].equal(staged[:, first:])
+        ubatching._THREAD_ID_TO_CONTEXT.clear()
+        embed(model, [TEXT], [])
+        assert read(model, first + second).eq(0).all()
 
-    ubatching._THREAD_ID_TO_CONTEXT.clear()
-    model.embed_input_ids(torch.tensor([3]))
-    assert read(model, first + second).eq(0).all()
+
+@everywhere
+def test_ernies_mask_of_visual_tokens_ends_with_its_step():
+    """Where a full CUDA graph replays, `forward`'s Python does not take it back."""
+    module = import_module("vllm.model_executor.models.ernie45_vl")
+    cls = module.Ernie4_5_VLMoeForConditionalGeneration
+    model = cls.__new__(cls)
+    torch.nn.Module.__init__(model)
+    embedding = torch.nn.Embedding(16, HIDDEN)
+    model.get_language_model = lambda: SimpleNamespace(embed_input_ids=embedding)
+    model.visual_token_mask = None
+    model._visual_token_ids_tensor_cache = torch.tensor([IMAGE])
+    ids = torch.tensor([TEXT, IMAGE])
+    mask = ids == IMAGE
+    model.embed_input_ids(ids, [torch.ones(1, HIDDEN)], is_multimodal=mask)
+    assert model.visual_token_mask.flatten().tolist() == [False, True]
+    model.embed_input_ids(ids[:1], [], is_multimodal=mask[:1])
+    assert model.visual_token_mask is None
 
 
 def sequence_lengths_of_omnis_vision_encoder(backend: str) -> torch.Tensor:

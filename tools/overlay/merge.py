@@ -51,6 +51,43 @@ def merge(
     return merged.bytes if merged is not module else theirs
 
 
+def added(ours: bytes, *, path: str, release: Version) -> bytes:
+    """Returns an overlay file that upstream has not, as it is.
+
+    Raises:
+        OverlayError: it is a difference from a file of upstream's.
+    """
+    merger = _Merger(path, release, {})
+    for statement in merger.parse(ours, "the overlay's file").body:
+        members = statements(statement.body) if isinstance(statement, cst.ClassDef) else []
+        for definition in (statement, *members):
+            if is_ellipsis(definition) or is_spliced(definition):
+                raise merger.error(names(statement), "upstream has no such file")
+    return ours
+
+
+def is_needed(ours: bytes, *, path: str, release: Version) -> bool:
+    """Whether a release needs an overlay file, by a `# release:` above the file's docstring.
+
+    Raises:
+        OverlayError: that is no version specifier.
+    """
+    merger = _Merger(path, release, {})
+    module = merger.parse(ours, "the overlay's file")
+    return not (module.body and is_docstring(module.body[0])) or all(
+        merger.fits(specifier, "module") for _, specifier in specifiers(module.header)
+    )
+
+
+def specifiers(lines: Sequence[cst.EmptyLine]) -> list[tuple[cst.EmptyLine, str]]:
+    """The comments that say which releases need what is below them, and what they say."""
+    return [
+        (line, match[1])
+        for line in lines
+        if line.comment and (match := RELEASE.match(line.comment.value))
+    ]
+
+
 @dataclass
 class _Merger:
     path: str
@@ -84,24 +121,19 @@ class _Merger:
         for statement in body:
             if is_docstring(statement):
                 continue
-            specifiers = [
-                (line, match[1])
-                for line in getattr(statement, "leading_lines", ())
-                if line.comment and (match := RELEASE.match(line.comment.value))
-            ]
-            for line, specifier in specifiers:
-                try:
-                    fits = SpecifierSet(specifier).contains(self.release, prereleases=True)
-                except InvalidSpecifier:
-                    raise self.error(
-                        names(statement) or where, f"`{line.comment.value}` is no version specifier"
-                    ) from None
-                if not fits:
+            for line, specifier in specifiers(leading_lines(statement)):
+                if not self.fits(specifier, names(statement) or where):
                     break
                 statement = statement.deep_remove(line)  # type: ignore[assignment]
             else:
                 kept.append(statement)
         return kept
+
+    def fits(self, specifier: str, where: str) -> bool:
+        try:
+            return SpecifierSet(specifier).contains(self.release, prereleases=True)
+        except InvalidSpecifier:
+            raise self.error(where, f"`# release: {specifier}` is no version specifier") from None
 
     def members(
         self, ours: list[Statement], theirs: list[Statement], owner: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import textwrap
 from collections.abc import Sequence
 
@@ -12,6 +13,8 @@ from . import OverlayError
 
 Function = cst.FunctionDef
 Statement = cst.BaseStatement
+BLOCKS = (cst.If, cst.For, cst.While, cst.With)
+REMOVE = re.compile(r"#\s*remove\b")
 
 
 def source(node: cst.CSTNode) -> str:
@@ -75,16 +78,43 @@ def with_statements(suite: cst.BaseSuite, body: Sequence[Statement]) -> cst.Base
     return cst.IndentedBlock(body)
 
 
-def is_spliced(function: Function) -> bool:
-    return any(map(is_ellipsis, statements(function.body)))
+def removed(statement: Statement) -> cst.EmptyLine | None:
+    """The comment that marks a statement of upstream's to go: `# remove`, and why."""
+    return next(
+        (
+            line
+            for line in leading_lines(statement)
+            if line.comment and REMOVE.match(line.comment.value)
+        ),
+        None,
+    )
+
+
+def is_spliced(node: cst.CSTNode) -> bool:
+    """Whether a function's or a block's statements are a difference from upstream's."""
+    if not isinstance(node, (cst.FunctionDef, *BLOCKS)):
+        return False
+    return any(is_ellipsis(s) or removed(s) or is_spliced(s) for s in statements(node.body))
 
 
 def splice(ours: Function, theirs: Function) -> Function:
     """Puts `ours` around and between the statements of `theirs`.
 
     `...` stands for statements of upstream; a statement equal to one of upstream's is an
-    anchor and says where between them the new ones go. A docstring in `ours` is for the
+    anchor and says where between them the new ones go. An anchor marked `# remove` goes. A
+    block (`if`, `for`, `while`, `with`) that has any of these in it is the anchor of upstream's
+    block with the same first line, and spliced like a body. A docstring in `ours` is for the
     overlay's reader.
+
+        ours                      theirs                 merged
+        a = 0                     x = f()                a = 0
+        ...                       if x:                  x = f()
+        if x:                         y = g(x)           if x:
+            # remove: b knows         return y               z = b(x)
+            y = g(x)              return x                   return y
+            z = b(x)                                     return x
+            ...
+        ...
 
     Raises:
         OverlayError: the signatures differ, or an anchor is missing or ambiguous.
@@ -112,8 +142,7 @@ def _signature(function: Function) -> str:
 
 
 def _splice(pattern: list[Statement], theirs: list[Statement]) -> list[Statement]:
-    meanings = [meaning(s) for s in theirs]
-    if _matches([None if is_ellipsis(s) else meaning(s) for s in pattern], meanings):
+    if _matches([s for s in pattern if not removed(s)], theirs):
         return theirs  # merged before
     groups: list[list[Statement]] = [[]]
     for statement in pattern:
@@ -124,7 +153,7 @@ def _splice(pattern: list[Statement], theirs: list[Statement]) -> list[Statement
     body: list[Statement] = []
     done = 0
     for group in groups:
-        anchors = {i: at for i, s in enumerate(group) if (at := _find(s, meanings)) is not None}
+        anchors = {i: at for i, s in enumerate(group) if (at := _find(s, theirs)) is not None}
         found = list(anchors.values())
         first, last = group is groups[0], group is groups[-1]
         if found:
@@ -144,22 +173,60 @@ def _splice(pattern: list[Statement], theirs: list[Statement]) -> list[Statement
                 "between two `...` there has to be a statement of upstream's, to say where; "
                 "upstream has no " + (" and no ".join(f"`{source(s)}`" for s in group) or "such")
             )
-        body += [theirs[anchors[i]] if i in anchors else s for i, s in enumerate(group)]
+        for i, statement in enumerate(group):
+            if i not in anchors:
+                body.append(statement)
+            elif not removed(statement):
+                body.append(_inside(statement, theirs[anchors[i]]))
     return body
 
 
-def _find(statement: Statement, meanings: list[str]) -> int | None:
-    count = meanings.count(meaning(statement))
-    if count > 1:
-        raise OverlayError(f"upstream has the anchor `{source(statement)}` {count} times")
-    return meanings.index(meaning(statement)) if count else None
+def _inside(ours: Statement, theirs: Statement) -> Statement:
+    """An anchor as it is upstream, with what goes into it if it is a block."""
+    if not is_spliced(ours):
+        return theirs
+    old = statements(theirs.body)  # type: ignore[attr-defined]
+    body = _splice(statements(ours.body), old)  # type: ignore[attr-defined]
+    if body == old:
+        return theirs
+    return theirs.with_changes(body=with_statements(theirs.body, body))  # type: ignore[attr-defined]
 
 
-def _matches(pattern: list[str | None], meanings: list[str]) -> bool:
-    """Whether the pattern describes all the statements; None stands for any of them."""
+def _find(statement: Statement, theirs: list[Statement]) -> int | None:
+    """Where upstream has a statement.
+
+    Raises:
+        OverlayError: more than once, or not at all though it has to.
+    """
+    wanted = _anchor(statement, statement)
+    found = [i for i, other in enumerate(theirs) if _anchor(other, statement) == wanted]
+    if len(found) > 1:
+        raise OverlayError(f"upstream has the anchor `{wanted}` {len(found)} times")
+    if not found and (removed(statement) or is_spliced(statement)):
+        raise OverlayError(f"upstream has no `{wanted}`")
+    return found[0] if found else None
+
+
+def _anchor(statement: Statement, ours: Statement) -> str:
+    """What has to be equal: of a block that is spliced its first line, else all of it."""
+    if is_spliced(ours) and isinstance(statement, BLOCKS):
+        changes = {"orelse": None} if hasattr(statement, "orelse") else {}
+        body = cst.IndentedBlock([cst.SimpleStatementLine([cst.Pass()])])
+        statement = statement.with_changes(body=body, leading_lines=[], **changes)
+    return ast.unparse(ast.parse(source(statement)))
+
+
+def _matches(pattern: list[Statement], theirs: list[Statement]) -> bool:
+    """Whether the pattern describes all the statements."""
     if not pattern:
-        return not meanings
+        return not theirs
     head, rest = pattern[0], pattern[1:]
-    if head is None:
-        return any(_matches(rest, meanings[i:]) for i in range(len(meanings) + 1))
-    return meanings[:1] == [head] and _matches(rest, meanings[1:])
+    if is_ellipsis(head):
+        return any(_matches(rest, theirs[i:]) for i in range(len(theirs) + 1))
+    if not theirs or _anchor(head, head) != _anchor(theirs[0], head):
+        return False
+    if is_spliced(head):
+        kept = [s for s in statements(head.body) if not removed(s)]  # type: ignore[attr-defined]
+        if not _matches(kept, statements(theirs[0].body)):  # type: ignore[attr-defined]
+            return False
+    return _matches(rest, theirs[1:])

@@ -17,7 +17,7 @@ from packaging.version import InvalidVersion, Version
 
 from .. import releases
 from . import OverlayError
-from .merge import merge
+from .merge import added, is_needed, merge
 from .transaction import STATE, Files, Transaction, locked
 
 OVERLAY = releases.ROOT
@@ -125,18 +125,17 @@ class Tree:
 
     def _merged(self) -> Iterator[tuple[str, bytes | None, bytes]]:
         """Path, upstream's file if there is one, and that with the overlay's in it."""
+        version = self.release.version
         for path, ours in self.overlay.items():
+            if not is_needed(ours, path=path, release=version):
+                continue
             if path not in self.release.sources:
-                yield path, None, ours
+                yield path, None, added(ours, path=path, release=version)
                 continue
             upstream = self._read(path)
             if upstream is None:
-                raise OverlayError(
-                    f"{self.root / path}: missing, though vLLM {self.release.version} has it"
-                )
-            after = merge(
-                ours, upstream, path=path, release=self.release.version, overlay=self.overlay
-            )
+                raise OverlayError(f"{self.root / path}: missing, though vLLM {version} has it")
+            after = merge(ours, upstream, path=path, release=version, overlay=self.overlay)
             yield path, upstream, after
 
     def apply(self) -> list[Change]:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen3-Omni's thinker: the mixin stages, and no payload outlives its step."""
+"""Qwen3-Omni's thinker: as Qwen3-VL; and no prompt ends the engine."""
 
 from .deepstack import DeepStackMixin
+from .qwen3_vl import check_embedding_widths
 
 
 class Qwen3Omni_VisionTransformer:
@@ -15,27 +16,76 @@ class Qwen3Omni_VisionTransformer:
         ...
 
 
+class Qwen3OmniMoeThinkerMultiModalProcessor:
+    def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs):
+        check_embedding_widths(self.info.get_hf_config().vision_config, hf_inputs)
+        return super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
+
+
 class Qwen3OmniMoeThinkerForConditionalGeneration(DeepStackMixin):
+    def __init__(self, *, vllm_config, prefix=""):
+        ...
+        layers, levels = self.language_model.model.end_layer, self.deepstack_num_level
+        if get_pp_group().is_first_rank and layers < levels:
+            raise ValueError(
+                f"DeepStack adds {levels} levels to decoder layers 0 to {levels - 1}, "
+                f"but the first pipeline stage has layers 0 to {layers - 1} only: use "
+                "fewer stages, or set VLLM_PP_LAYER_PARTITION"
+            )
+
     def embed_input_ids(
         self, input_ids, multimodal_embeddings=None, *, is_multimodal=None
     ):
         # `forward` clears as well, but a full CUDA graph replays without its Python.
         self._clear_deepstack_input_embeds(self.deepstack_input_embeds_num_tokens)
-        ...
-        input_ids_cpu = input_ids.cpu()
-        is_vision = is_multimodal & (input_ids_cpu != audio_token_id)
-        multimodal_embeddings = self._stage_deepstack_input_embeds(
-            multimodal_embeddings, is_vision
+        inputs_embeds = self._embed_text_input_ids(
+            input_ids, self.language_model.embed_input_ids, is_multimodal=is_multimodal
         )
-        ...
+        if multimodal_embeddings is None or len(multimodal_embeddings) == 0:
+            return inputs_embeds
+        # By token: a video's own audio comes after it, and its tokens between the
+        # video's. What is neither image nor video has no levels.
+        ids, size = input_ids.to(is_multimodal.device), inputs_embeds.size(1)
+        is_vision = (ids == self.config.image_token_id) & is_multimodal
+        is_vision |= (ids == self.config.video_token_id) & is_multimodal
+        others = [e for e in multimodal_embeddings if e.size(1) == size]
+        vision = [e for e in multimodal_embeddings if e.size(1) != size]
+        payload, vision = self._compute_deepstack_embeds(
+            inputs_embeds, vision, is_vision
+        )
+        if payload is not None:
+            self._set_deepstack_input_embeds(payload)
+        for embeds, rows in (vision, is_vision), (others, is_multimodal & ~is_vision):
+            _merge_multimodal_embeddings(inputs_embeds, embeds, rows)
+        return inputs_embeds
 
-    def forward(
-        self,
-        input_ids,
-        positions,
-        intermediate_tensors=None,
-        inputs_embeds=None,
-        **kwargs,
-    ):
-        self._move_deepstack_input_embeds(inputs_embeds)
-        ...
+    def get_mrope_input_positions(self, input_tokens, mm_features):
+        """Media take their grids, `[3, tokens]`; text between them runs on at the
+        largest position and one. So has it Transformers' `get_rope_index`."""
+        parts: list[np.ndarray] = []
+        start = token = 0
+
+        def add(grid: np.ndarray) -> None:
+            nonlocal start, token
+            if grid.shape[1]:
+                parts.append(grid + start)
+                start = int(parts[-1].max()) + 1
+                token += grid.shape[1]
+
+        def text(length: int) -> np.ndarray:
+            return np.broadcast_to(np.arange(length), (3, length))
+
+        for offset, modality, data in self.iter_mm_features(mm_features):
+            add(text(offset - token))
+            if modality == "audio":
+                length = self._compute_audio_token_count(data["audio_feature_length"])
+                add(text(length))
+            elif data.get("use_audio_in_video"):
+                add(text(1))  # the audio's start token
+                add(self._compute_interleaved_positions(0, data)[0])
+            else:
+                grid = np.indices([data[f"grid_{axis}"] for axis in "thw"])
+                grid[0] = grid[0] * data["t_factor"]
+                add(grid.reshape(3, -1))
+        add(text(len(input_tokens) - token))
+        return torch.from_numpy(np.concatenate(parts, axis=1)), start - token

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+# release: >=0.30
+"""Cohere Compass: as Qwen3-VL, whose methods it has copied."""
+
+from .deepstack import DeepStackMixin
+from .qwen3_vl import check_embedding_widths
+
+
+class CohereCompassMultiModalProcessor:
+    def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs):
+        check_embedding_widths(self.info.get_hf_config().vision_config, hf_inputs)
+        ...
+
+
+class CohereCompassForConditionalGeneration(DeepStackMixin):
+    def embed_input_ids(
+        self, input_ids, multimodal_embeddings=None, *, is_multimodal=None
+    ):
+        self._clear_deepstack_input_embeds(self.deepstack_input_embeds_num_tokens)
+        ...

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+# release: >=0.24
+"""MOSS-Audio: stages in buffers, where upstream has tensors at some steps and `None` at
+others. To set `deepstack_input_embeds` to `None`, as it does, clears nothing."""
+
+from .deepstack import DeepStackMixin
+from .utils import StageMissingLayer
+
+
+class MossAudioModel(DeepStackMixin):
+    def __init__(self, *, vllm_config, prefix=""):
+        ...
+        if not isinstance(self.audio_encoder, StageMissingLayer):
+            rows = vllm_config.scheduler_config.max_num_batched_tokens
+            self.deepstack_input_embeds = [
+                torch.zeros(rows, language_config.hidden_size)
+                for _ in range(deepstack_k)
+            ]
+
+    def _cache_deepstack_input_embeds(
+        self, inputs_embeds, deepstack_embeddings, is_multimodal
+    ):
+        ...
+        # remove
+        self.deepstack_input_embeds = IntermediateTensors(data)
+        self._set_deepstack_input_embeds(torch.stack(list(data.values())))
+
+    def embed_input_ids(
+        self, input_ids, multimodal_embeddings=None, *, is_multimodal=None
+    ):
+        self._clear_deepstack_input_embeds(self.deepstack_input_embeds_num_tokens)
+        ...
+
+    def forward(
+        self,
+        input_ids,
+        positions,
+        intermediate_tensors=None,
+        inputs_embeds=None,
+        **kwargs,
+    ):
+        if intermediate_tensors is None:
+            # remove
+            deepstack_input_embeds = self.deepstack_input_embeds
+            deepstack_input_embeds = self._get_deepstack_input_embeds(len(positions))
+        ...
