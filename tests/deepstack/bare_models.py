@@ -62,7 +62,7 @@ class Decoder(torch.nn.Module):
         self.during(deepstack_input_embeds)
         if deepstack_input_embeds is not None:
             for level in deepstack_input_embeds.tensors.values():
-                inputs_embeds = inputs_embeds + level
+                inputs_embeds = inputs_embeds + level[: len(inputs_embeds)]
         return inputs_embeds
 
 
@@ -136,7 +136,7 @@ def forward_reads(model, tokens: int, **kind) -> torch.Tensor:
 
     def during(levels):
         if levels is not None:
-            seen.append(stack(levels).clone())
+            seen.append(stack(levels)[:, :tokens].clone())
 
     model.language_model.model.during = during
     run_forward(model, tokens, **kind)

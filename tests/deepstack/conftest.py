@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     """vLLM's parallel groups, of this process alone: `forward` asks them for its stage."""
     from vllm.config import VllmConfig, set_current_vllm_config

@@ -94,9 +94,7 @@ class DeepStackMixin(torch.nn.Module):
     def _set_deepstack_input_embeds(self, deepstack_input_embeds: torch.Tensor) -> None:
         """Stages a payload, `[levels, num_tokens, hidden_size]`, in place of any other.
 
-        Raises:
-            ValueError: it has not the buffers' levels and hidden size.
-
+        Raises ValueError if it has not the buffers' levels and hidden size.
         """
         if not (buffers := self.deepstack_input_embeds):
             return

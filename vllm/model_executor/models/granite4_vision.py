@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Granite 4 Vision: stages under names of its own, and by decoder layer."""
 
-from .deepstack import DeepStackMixin
 
-
-class Granite4VisionForConditionalGeneration(DeepStackMixin):
-    # Up to 0.25.1, `reload_weights` fills buffers beside a parameter with garbage.
-    # release: >=0.26
-    _ds_buffers = DeepStackMixin.deepstack_input_embeds
+class Granite4VisionForConditionalGeneration:
+    def __init__(self, *, vllm_config, prefix=""):
+        ...
+        # Beside a parameter, `reload_weights` fills them with garbage up to 0.25.1.
+        self.deepstack_buffers = torch.nn.Module()
+        for level, buffer in enumerate(self._ds_buffers):
+            self.deepstack_buffers.register_buffer(f"{level}", buffer, persistent=False)
 
     def embed_input_ids(
         self,

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # release: >=0.24
-"""MOSS-Audio: stages in buffers, where upstream has tensors at some steps and `None` at
-others. To set `deepstack_input_embeds` to `None`, as it does, clears nothing."""
+"""MOSS-Audio: stages in buffers. Upstream's setting them to `None` does nothing."""
 
 from .deepstack import DeepStackMixin
 from .utils import StageMissingLayer
@@ -12,9 +11,9 @@ class MossAudioModel(DeepStackMixin):
         ...
         if not isinstance(self.audio_encoder, StageMissingLayer):
             rows = vllm_config.scheduler_config.max_num_batched_tokens
+            size = rows, language_config.hidden_size
             self.deepstack_input_embeds = [
-                torch.zeros(rows, language_config.hidden_size)
-                for _ in range(deepstack_k)
+                torch.zeros(size) for _ in range(deepstack_k)
             ]
 
     def _cache_deepstack_input_embeds(

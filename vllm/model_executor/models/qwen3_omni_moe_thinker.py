@@ -28,15 +28,14 @@ class Qwen3OmniMoeThinkerForConditionalGeneration(DeepStackMixin):
         layers, levels = self.language_model.model.end_layer, self.deepstack_num_level
         if get_pp_group().is_first_rank and layers < levels:
             raise ValueError(
-                f"DeepStack adds {levels} levels to decoder layers 0 to {levels - 1}, "
-                f"but the first pipeline stage has layers 0 to {layers - 1} only: use "
-                "fewer stages, or set VLLM_PP_LAYER_PARTITION"
+                f"DeepStack adds {levels} levels to layers 0 to {levels - 1}, but the "
+                f"first pipeline stage has layers 0 to {layers - 1} only: use fewer "
+                "stages, or set VLLM_PP_LAYER_PARTITION"
             )
 
     def embed_input_ids(
         self, input_ids, multimodal_embeddings=None, *, is_multimodal=None
     ):
-        # `forward` clears as well, but a full CUDA graph replays without its Python.
         self._clear_deepstack_input_embeds(self.deepstack_input_embeds_num_tokens)
         inputs_embeds = self._embed_text_input_ids(
             input_ids, self.language_model.embed_input_ids, is_multimodal=is_multimodal
@@ -46,46 +45,38 @@ class Qwen3OmniMoeThinkerForConditionalGeneration(DeepStackMixin):
         # By token: a video's own audio comes after it, and its tokens between the
         # video's. What is neither image nor video has no levels.
         ids, size = input_ids.to(is_multimodal.device), inputs_embeds.size(1)
-        is_vision = (ids == self.config.image_token_id) & is_multimodal
-        is_vision |= (ids == self.config.video_token_id) & is_multimodal
+        rows = (ids == self.config.image_token_id) & is_multimodal
+        rows |= (ids == self.config.video_token_id) & is_multimodal
         others = [e for e in multimodal_embeddings if e.size(1) == size]
         vision = [e for e in multimodal_embeddings if e.size(1) != size]
-        payload, vision = self._compute_deepstack_embeds(
-            inputs_embeds, vision, is_vision
-        )
+        payload, vision = self._compute_deepstack_embeds(inputs_embeds, vision, rows)
         if payload is not None:
             self._set_deepstack_input_embeds(payload)
-        for embeds, rows in (vision, is_vision), (others, is_multimodal & ~is_vision):
-            _merge_multimodal_embeddings(inputs_embeds, embeds, rows)
-        return inputs_embeds
+        _merge_multimodal_embeddings(inputs_embeds, vision, rows)
+        return _merge_multimodal_embeddings(
+            inputs_embeds, others, is_multimodal & ~rows
+        )
 
     def get_mrope_input_positions(self, input_tokens, mm_features):
-        """Media take their grids, `[3, tokens]`; text between them runs on at the
-        largest position and one. So has it Transformers' `get_rope_index`."""
-        parts: list[np.ndarray] = []
-        start = token = 0
-
-        def add(grid: np.ndarray) -> None:
-            nonlocal start, token
-            if grid.shape[1]:
-                parts.append(grid + start)
-                start = int(parts[-1].max()) + 1
-                token += grid.shape[1]
-
-        def text(length: int) -> np.ndarray:
-            return np.broadcast_to(np.arange(length), (3, length))
-
+        """Media take their grids. Text runs on, one further than all before it."""
+        grids, token = [], 0
         for offset, modality, data in self.iter_mm_features(mm_features):
-            add(text(offset - token))
             if modality == "audio":
                 length = self._compute_audio_token_count(data["audio_feature_length"])
-                add(text(length))
+                grid = np.tile(np.arange(length), (3, 1))
             elif data.get("use_audio_in_video"):
-                add(text(1))  # the audio's start token
-                add(self._compute_interleaved_positions(0, data)[0])
+                offset += 1  # the audio's start token
+                grid, _ = self._compute_interleaved_positions(0, data)
             else:
                 grid = np.indices([data[f"grid_{axis}"] for axis in "thw"])
                 grid[0] = grid[0] * data["t_factor"]
-                add(grid.reshape(3, -1))
-        add(text(len(input_tokens) - token))
-        return torch.from_numpy(np.concatenate(parts, axis=1)), start - token
+            grids += [np.tile(np.arange(offset - token), (3, 1)), grid.reshape(3, -1)]
+            token = offset + grid[0].size
+        grids.append(np.tile(np.arange(len(input_tokens) - token), (3, 1)))
+        start = 0
+        for i, grid in enumerate(grids):
+            grids[i] = grid + start
+            start = int(grids[i].max(initial=start - 1)) + 1
+        return torch.from_numpy(np.concatenate(grids, axis=1)), start - len(
+            input_tokens
+        )
