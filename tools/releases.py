@@ -145,14 +145,16 @@ def known(version: str | Version) -> Release:
 
 
 def fetch_sources(release: Release, folder: Path) -> None:
-    """Writes the files that the overlay changes, and those that tell the release and D8.
+    """Writes the files that the overlay changes, and those that `status` reads beside them.
 
     Reads just these files' bytes from the package index.
     """
     from remotezip import RemoteZip
 
+    models = ("qwen2_5_omni_thinker", "qwen3_5", "interns1_pro")
     paths = [*release.sources, "vllm/__init__.py", "vllm/_version.py"]
-    paths += ["vllm/model_executor/models/qwen2_5_omni_thinker.py"]
+    paths += [f"vllm/model_executor/models/{name}.py" for name in models]
+    paths += ["vllm/v1/worker/gpu_model_runner.py"]
     files = {path: folder / path for path in paths}
     if all(file.exists() for file in files.values()):
         return

@@ -1,4 +1,4 @@
-"""The table release × defect, as Markdown: each release before and after the overlay.
+"""The tables of the README: release × defect, and model × defect, from each release's own code.
 
 python -m tests.overlay.table
 """
@@ -16,6 +16,7 @@ from tools.overlay.status import Status, status
 from tools.overlay.tree import Tree
 
 Statuses = dict[str, tuple[Status, Status]]
+MARKS = {"present": "✗", "latent": "·"}
 
 
 def statuses(trees: dict[str, Path]) -> Statuses:
@@ -31,22 +32,39 @@ def statuses(trees: dict[str, Path]) -> Statuses:
 def table(found: Statuses) -> str:
     """Neighbors alike share a row."""
     rows = [
-        (version, [*marks(before), ", ".join(present(after)) or "none"])
+        (version, [*marks(before.defects), ", ".join(present(after)) or "none"])
         for version, (before, after) in found.items()
     ]
-    lines = [["vLLM", *DEFECTS, "with the fork"], ["---", *[":-:"] * (len(DEFECTS) + 1)]]
+    lines = []
     for cells, group in groupby(rows, key=lambda row: row[1]):
         versions = [version for version, _ in group]
         lines.append([" to ".join(dict.fromkeys([versions[0], versions[-1]])), *cells])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown("vLLM", lines, "with the fork")
+
+
+def models_table(found: Statuses) -> str:
+    """Of every model, what any release has."""
+    worst: dict[str, dict[str, str]] = {}
+    for before, _ in found.values():
+        for model, states in before.models.items():
+            of = worst.setdefault(model.removesuffix(" (AMD)"), {})
+            for name, state in states.items():
+                if state in MARKS:
+                    of[name] = state
+    return markdown("model", [[model, *marks(states)] for model, states in worst.items()])
+
+
+def markdown(corner: str, lines: list[list[str]], *last: str) -> str:
+    head = [[corner, *DEFECTS, *last], ["---", *[":-:"] * (len(DEFECTS) + len(last))]]
+    return "".join(f"| {' | '.join(line)} |\n" for line in [*head, *lines])
 
 
 def present(found: Status) -> list[str]:
     return [name for name, state in found.defects.items() if state == "present"]
 
 
-def marks(found: Status) -> list[str]:
-    return ["✗" if name in present(found) else "" for name in DEFECTS]
+def marks(states: dict[str, str]) -> list[str]:
+    return [MARKS.get(states.get(name, ""), "") for name in DEFECTS]
 
 
 if __name__ == "__main__":
@@ -56,4 +74,5 @@ if __name__ == "__main__":
             kept = releases.ROOT / "build" / "sources" / str(version)
             releases.fetch_sources(release, kept)
             trees[str(version)] = Path(shutil.copytree(kept, Path(folder) / str(version)))
-        print(table(statuses(trees)), end="")
+        found = statuses(trees)
+        print(table(found), models_table(found), sep="\n", end="")

@@ -148,14 +148,13 @@ def test_upstreams_linters_are_clean(applied):
 
 def test_its_tests_pass(applied, run_tests):
     output = run_tests(applied)
-    assert re.search(r"^16 passed, ", output, re.MULTILINE), output
+    assert re.search(r"^12 passed, ", output, re.MULTILINE), output
 
 
 def test_its_tests_fail_without_the_change(output_before, version):
     failed = set(re.findall(r"^FAILED \S+::(\w+)", output_before, re.MULTILINE))
     both = {
         "test_features_end_with_their_step",
-        "test_graph_captured_before_growing_reads_what_is_staged_after",
         "test_shorter_payload_leaves_nothing_of_a_longer_one",
     }
     others = {
@@ -165,11 +164,10 @@ def test_its_tests_fail_without_the_change(output_before, version):
         },
         "0.33.0": {
             "test_padding_beyond_the_buffers_keeps_the_features",
-            "test_buffers_of_a_tower_that_is_not_loaded",
         },
     }
     assert failed == both | others[version], output_before
-    assert output_before.count("\nFAILED ") == 10  # both models
+    assert output_before.count("\nFAILED ") == 2 * len(failed)  # both models
 
 
 def test_description_is_upstreams_template_filled(written, version):

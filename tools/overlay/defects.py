@@ -1,65 +1,143 @@
-"""Which of the defects a tree's code has, read from the code: nothing is imported or run."""
+"""Which of the defects a tree's code has, read from the code: nothing is imported or run.
+
+A rule judges what the code does, not what it calls things: where state is staged, cleared, bound
+again, read. So it holds for vLLM as released, for the fork, and for a fix of somebody else's.
+"""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
 
 MODELS = "vllm/model_executor/models"
-CLASSES = {
-    "qwen3_vl.py": "Qwen3VLForConditionalGeneration",
-    "qwen3_omni_moe_thinker.py": "Qwen3OmniMoeThinkerForConditionalGeneration",
-}
-MIXIN = "deepstack.py", "DeepStackMixin"
-GET, SET, CLEAR, RESIZE, MOVE, STAGE = (
-    f"_{verb}_deepstack_input_embeds" for verb in ("get", "set", "clear", "resize", "move", "stage")
-)
-BUFFERS = "deepstack_input_embeds"
-COUNT = "deepstack_input_embeds_num_tokens"
+RUNNER = "vllm/v1/worker/gpu_model_runner.py"
+QWEN4_EXP = "vllm/models/qwen4_exp"
+GET, SET = "_get_deepstack_input_embeds", "_set_deepstack_input_embeds"
+EMBED, FORWARD, INIT = "embed_input_ids", "forward", "__init__"
 
 
 class Unreadable(Exception):
     """The code is not laid out as in any release that the rules were made for."""
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A class of vLLM's that stages DeepStack features, or something like them."""
+
+    file: str
+    name: str
+    storage: str = "deepstack_input_embeds"
+    """The attribute that what is staged waits in."""
+    methods: tuple[str, ...] = (INIT, EMBED, FORWARD, GET, SET)
+    """Those that the rules ask for."""
+
+
+KINDS = {
+    "Qwen3-VL": Kind(f"{MODELS}/qwen3_vl.py", "Qwen3VLForConditionalGeneration"),
+    "Qwen3-VL-MoE": Kind(f"{MODELS}/qwen3_vl_moe.py", "Qwen3VLMoeForConditionalGeneration"),
+    "Qwen3-Omni": Kind(
+        f"{MODELS}/qwen3_omni_moe_thinker.py", "Qwen3OmniMoeThinkerForConditionalGeneration"
+    ),
+    "Cohere Compass": Kind(f"{MODELS}/cohere_compass.py", "CohereCompassForConditionalGeneration"),
+    "Qwen4-Exp": Kind(f"{QWEN4_EXP}/nvidia/model.py", "Qwen4ExpForConditionalGeneration"),
+    "Qwen4-Exp (AMD)": Kind(f"{QWEN4_EXP}/amd/model.py", "Qwen4ExpForConditionalGeneration"),
+    "Granite 4 Vision": Kind(
+        f"{MODELS}/granite4_vision.py",
+        "Granite4VisionForConditionalGeneration",
+        "_ds_buffers",
+        (INIT, EMBED, FORWARD),
+    ),
+    "MOSS-Audio": Kind(f"{MODELS}/moss_audio.py", "MossAudioModel", methods=(INIT, EMBED, FORWARD)),
+    "Ernie 4.5-VL": Kind(
+        f"{MODELS}/ernie45_vl.py",
+        "Ernie4_5_VLMoeForConditionalGeneration",
+        "visual_token_mask",
+        (INIT, EMBED, FORWARD),
+    ),
+}
+EVERYWHERE = "Qwen3-VL"  # which every vLLM has: without it, this is none that can be read
+INTERNS1_PRO = Kind(f"{MODELS}/interns1_pro.py", "InternS1ProForConditionalGeneration")
+
+
+@dataclass
 class Model:
-    """A class's methods, with those of the fork's or another mixin that stands beside it."""
+    """A class with what it inherits from others in the tree."""
 
-    def __init__(self, models: Path, file: str, name: str):
-        self.methods: dict[str, ast.FunctionDef] = {}
-        cls = definition(models / file, name)
-        bases = [base.id for base in cls.bases if isinstance(base, ast.Name)]
-        beside = models / MIXIN[0]
-        if beside.is_file():
-            for node in parse(beside).body:
-                if isinstance(node, ast.ClassDef) and node.name in bases:
-                    self.add(node)
-        self.add(cls)
-        for method in (GET, SET, CLEAR, "embed_input_ids", "forward", "__init__"):
+    root: Path
+    kind: Kind
+    methods: dict[str, ast.FunctionDef] = field(default_factory=dict)
+    setters: dict[str, ast.FunctionDef] = field(default_factory=dict)
+    """The setters of properties. Setting such an attribute is a call."""
+
+    def __post_init__(self) -> None:
+        for cls in lineage(self.root, self.root / self.kind.file, self.kind.name):
+            for node in cls.body:
+                if not isinstance(node, ast.FunctionDef):
+                    continue
+                setter = any(
+                    isinstance(d, ast.Attribute) and d.attr == "setter" for d in node.decorator_list
+                )
+                (self.setters if setter else self.methods).setdefault(node.name, node)
+        for method in self.kind.methods:
             if method not in self.methods:
-                raise Unreadable(f"{models / file}: {name} has no {method}")
+                raise Unreadable(f"{self.root / self.kind.file}: {self.kind.name} has no {method}")
 
-    def add(self, cls: ast.ClassDef) -> None:
-        self.methods |= {node.name: node for node in cls.body if isinstance(node, ast.FunctionDef)}
-
-    def calls(self, method: str, *called: str) -> bool:
-        """Whether a method calls one of the others, itself or through methods of the class."""
-        seen, left = set(), [method]
+    def walk(self, *nodes: ast.AST) -> Iterator[ast.AST]:
+        """All that runs there, in methods that are called as well."""
+        left, seen = list(nodes), set()
         while left:
-            node = self.methods.get(left.pop())
-            if node is None or node.name in seen:
-                continue
-            seen.add(node.name)
-            left += names(node)
-        return bool((seen - {method}) & set(called))
+            for node in ast.walk(left.pop()):
+                yield node
+                name = own_attribute(node)
+                if name in self.methods and name not in seen:
+                    seen.add(name)
+                    left.append(self.methods[name])
 
-    def mentions(self, method: str, *words: str) -> bool:
-        node = self.methods.get(method)
-        return node is not None and not set(words).isdisjoint(names(node))
+    def reached(self, *methods: str) -> Iterator[ast.AST]:
+        return self.walk(*(self.methods[name] for name in methods if name in self.methods))
+
+    def mentions(self, word: str) -> bool:
+        nodes = [*self.methods.values(), *self.setters.values()]
+        return any(word in names(node) for node in nodes)
+
+    @cached_property
+    def cleared_state(self) -> dict[str, object]:
+        """Plain attributes that some step sets to `None` or to 0, and what to."""
+        return {
+            name: value.value
+            for name, value in self.assigned(EMBED, FORWARD, GET)
+            if isinstance(value, ast.Constant) and not value.value and name not in self.setters
+        }
+
+    def assigned(self, *methods: str) -> Iterator[tuple[str, ast.expr]]:
+        for node in self.reached(*methods):
+            if isinstance(node, ast.Assign):
+                for target in node.targets:
+                    if name := own_attribute(target):
+                        yield name, node.value
+
+    def on_state(self, test: ast.AST) -> bool:
+        return not self.cleared_state.keys().isdisjoint(names(test))
+
+    def rebinding(self, *methods: str) -> list[str]:
+        """Methods that bind what is staged to other memory, of those that these reach."""
+        found = []
+        for name in {*methods, *filter(None, map(own_attribute, self.reached(*methods)))}:
+            node = self.methods.get(name)
+            if node and any(
+                own_attribute(target) == self.kind.storage
+                and not isinstance(part.value, ast.Constant)
+                for part in ast.walk(node)
+                if isinstance(part, ast.Assign)
+                for target in part.targets
+            ):
+                found.append(name)
+        return found
 
 
 def parse(file: Path) -> ast.Module:
@@ -71,11 +149,48 @@ def parse(file: Path) -> ast.Module:
         raise Unreadable(f"{file}: {error}") from None
 
 
-def definition(file: Path, name: str) -> ast.ClassDef:
-    for node in parse(file).body:
+def definition(module: ast.Module, file: Path, name: str) -> ast.ClassDef:
+    for node in module.body:
         if isinstance(node, ast.ClassDef) and node.name == name:
             return node
     raise Unreadable(f"{file}: has no class {name}")
+
+
+def lineage(root: Path, file: Path, name: str) -> list[ast.ClassDef]:
+    """A class and its bases in the tree, nearest first. What is not in the tree has no part."""
+    module = parse(file)
+    found = [definition(module, file, name)]
+    for base in found[0].bases:
+        if not isinstance(base, ast.Name):
+            continue
+        if any(isinstance(node, ast.ClassDef) and node.name == base.id for node in module.body):
+            found += lineage(root, file, base.id)
+        elif (source := imported_from(root, file, module, base.id)) and source[0].is_file():
+            found += lineage(root, *source)
+    return found
+
+
+def imported_from(root: Path, file: Path, module: ast.Module, name: str) -> tuple[Path, str] | None:
+    for node in module.body:
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        for alias in node.names:
+            if name == (alias.asname or alias.name):
+                folder = file.parents[node.level - 1] if node.level else root
+                path = folder.joinpath(*(node.module or "").split("."))
+                return path.with_suffix(".py"), alias.name
+    return None
+
+
+def own_attribute(node: ast.AST) -> str | None:
+    """The name of `self.name`."""
+    if (
+        isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+    ):
+        return node.attr
+    return None
 
 
 def names(node: ast.AST) -> Iterator[str]:
@@ -91,15 +206,19 @@ def names(node: ast.AST) -> Iterator[str]:
             yield part.value
 
 
-def specialises(model: Model) -> bool:
-    """Reading gives `None` while nothing is staged."""
-    return any(
-        isinstance(node, ast.If) and COUNT in names(node.test) and returns_none(node)
-        for node in ast.walk(model.methods[GET])
+def has(nodes: Iterator[ast.AST], *kinds: type[ast.AST]) -> bool:
+    return any(isinstance(node, kinds) for node in nodes)
+
+
+def clears(node: ast.AST) -> bool:
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "zero_"
     )
 
 
-def returns_none(node: ast.If) -> bool:
+def gives_none(node: ast.If) -> bool:
     return any(
         isinstance(part, ast.Return)
         and (part.value is None or (isinstance(part.value, ast.Constant) and not part.value.value))
@@ -107,69 +226,129 @@ def returns_none(node: ast.If) -> bool:
     )
 
 
-def outlives(model: Model) -> bool:
-    return not specialises(model) and not model.calls("embed_input_ids", CLEAR)
+def specialises(model: Model) -> bool:
+    """D1: what the decoder gets is `None` at some steps: those with nothing staged."""
+    if GET in model.methods:
+        return any(
+            isinstance(node, ast.If) and model.on_state(node.test) and gives_none(node)
+            for node in ast.walk(model.methods[GET])
+        )
+    none = {name for name, value in model.cleared_state.items() if value is None}
+    return any(
+        own_attribute(node) in none and isinstance(getattr(node, "ctx", None), ast.Load)
+        for node in ast.walk(model.methods[FORWARD])
+    )
 
 
-def takes_meta(model: Model) -> bool:
-    guarded = any(model.mentions(method, "is_meta") for method in model.methods)
-    return not (specialises(model) or guarded or model.mentions("__init__", "StageMissingLayer"))
-
-
-def growing_drops(model: Model) -> bool:
-    return model.calls(GET, RESIZE) and not model.mentions(RESIZE, "pad", "copy_", "cat")
-
-
-def growing_strands(model: Model) -> bool:
-    return not any(model.mentions(method, "deepstack_outgrown") for method in (RESIZE, SET))
-
-
-def leaves_tail(model: Model) -> bool:
-    return not (model.mentions(SET, "zero_") or model.calls(SET, CLEAR))
-
-
-def stays_put(model: Model) -> bool:
-    return not model.calls("forward", MOVE)
-
-
-def same_rows(model: Model) -> bool:
-    return not model.mentions(GET, "dbo_current_ubatch_id")
-
-
-def refuses_padding(model: Model) -> bool:
-    return any(isinstance(node, ast.Raise) for node in ast.walk(model.methods[GET]))
-
-
-@dataclass(frozen=True)
-class Defect:
-    name: str
-    title: str
-    released: SpecifierSet
-    """The releases that have it, as far as they are known."""
-    present: Callable[[Path], bool]
-    """Whether the code in a folder of models has it."""
-
-
-def any_of(rule: Callable[[Model], bool]) -> Callable[[Path], bool]:
-    return lambda models: any(rule(Model(models, *cls)) for cls in CLASSES.items())
-
-
-def no_architecture(models: Path) -> bool:
-    moe = "qwen3_vl_moe.py", "Qwen3VLMoeForConditionalGeneration"
-    found = [(file, name) for file, name in (next(iter(CLASSES.items())), moe)]
-    for file, name in found:
-        cls = definition(models / file, name)
-        init = next((n for n in cls.body if getattr(n, "name", "") == "__init__"), None)
-        if init is None:
-            raise Unreadable(f"{models / file}: {name} has no __init__")
-        if "architectures" not in names(init):
+def clears_when_embedding(model: Model) -> bool:
+    """Before the first way out: at steps without an image as well."""
+    for statement in model.methods[EMBED].body:
+        if has(ast.walk(statement), ast.Return):
+            return False
+        if any(clears(node) for node in model.walk(statement)):
             return True
     return False
 
 
-def lengths_on_cpu(models: Path) -> bool:
+def clearing_is_captured(model: Model) -> bool:
+    """`forward` clears at every step, or a graph would not have it."""
+    return always(model, model.methods[FORWARD].body)
+
+
+def always(model: Model, statements: list[ast.stmt]) -> bool:
+    """Whether statements clear, whatever is staged."""
+    for statement in statements:
+        if isinstance(statement, ast.If):
+            if model.on_state(statement.test):
+                if has(ast.walk(statement), ast.Return):
+                    return False
+                continue
+            if always(model, statement.body):
+                return True
+        elif isinstance(statement, (ast.For, ast.With)):
+            if always(model, statement.body):
+                return True
+        else:
+            for node in ast.walk(statement):
+                called = model.methods.get(own_attribute(node) or "")
+                if clears(node) or (called and always(model, called.body)):
+                    return True
+    return False
+
+
+def outlives(model: Model) -> bool:
+    return not (specialises(model) or clears_when_embedding(model) or clearing_is_captured(model))
+
+
+def mask_outlives(model: Model) -> bool:
+    """D2 of what is staged as an attribute: unless each step begins by taking it back."""
+    for statement in model.methods[EMBED].body:
+        if isinstance(statement, ast.Assign) and model.kind.storage in names(statement.targets[0]):
+            return False
+        if has(ast.walk(statement), ast.If, ast.Return):
+            return True
+    return True
+
+
+def takes_meta(model: Model) -> bool:
+    made = any(
+        isinstance(node, ast.With)
+        and "_mark_tower_model" in names(node.items[0])
+        and any(
+            own_attribute(target) == model.kind.storage
+            for part in ast.walk(node)
+            if isinstance(part, ast.Assign)
+            for target in part.targets
+        )
+        for node in ast.walk(model.methods[INIT])
+    )
+    return made and not specialises(model) and not model.mentions("is_meta")
+
+
+def growing_drops(model: Model) -> bool:
+    keeping = {"pad", "copy_", "cat"}
+    return any(keeping.isdisjoint(names(model.methods[name])) for name in model.rebinding(GET))
+
+
+def growing_strands(model: Model) -> bool:
+    return bool(model.rebinding(EMBED, GET, SET))
+
+
+def leaves_tail(model: Model) -> bool:
+    return not (clears_when_embedding(model) or any(clears(node) for node in model.reached(SET)))
+
+
+def unregistered(model: Model) -> bool:
+    if (setter := model.setters.get(model.kind.storage)) is not None:
+        return "register_buffer" not in names(setter)
+    return not any(
+        {"register_buffer", model.kind.storage} <= {*names(statement)}
+        for statement in ast.walk(model.methods[INIT])
+        if isinstance(statement, ast.stmt)
+        and not isinstance(statement, (ast.FunctionDef, ast.If, ast.With))
+    )
+
+
+def same_rows(model: Model) -> bool:
+    """Reading begins at row 0, whichever micro-batch it is for."""
+    return any(
+        isinstance(node, ast.Slice) and node.lower is None and node.upper is not None
+        for node in ast.walk(model.methods[GET])
+    )
+
+
+def refuses_padding(model: Model) -> bool:
+    return has(ast.walk(model.methods[GET]), ast.Raise)
+
+
+def no_architecture(model: Model) -> bool:
+    return "architectures" not in names(model.methods[INIT])
+
+
+def lengths_on_cpu(model: Model) -> bool:
     """`cu_seqlens` are computed from `grid_thw`, which is kept on the CPU, and stay there."""
-    cls = definition(models / "qwen3_omni_moe_thinker.py", "Qwen3Omni_VisionTransformer")
+    file = model.root / model.kind.file
+    cls = definition(parse(file), file, "Qwen3Omni_VisionTransformer")
     moved = any(
         isinstance(node, ast.Assign)
         and ast.unparse(node.targets[0]) == "cu_seqlens"
@@ -180,35 +359,162 @@ def lengths_on_cpu(models: Path) -> bool:
         isinstance(node, ast.keyword)
         and node.arg == "image_grid_thw"
         and "keep_on_cpu" in names(node.value)
-        for node in ast.walk(parse(models / "qwen2_5_omni_thinker.py"))
+        for node in ast.walk(parse(model.root / MODELS / "qwen2_5_omni_thinker.py"))
     )
     return kept and not moved
 
 
-def defect(
-    name: str, title: str, released: str, present: Callable[[Path], bool]
-) -> tuple[str, Defect]:
-    return name, Defect(name, title, SpecifierSet(released, prereleases=True), present)
+def refuses_prompts(model: Model) -> bool:
+    """Positions are counted, and a prompt for which the count is wrong is an exception."""
+    method = model.methods.get("get_mrope_input_positions")
+    if method is None:
+        raise Unreadable(f"{model.root / model.kind.file}: no get_mrope_input_positions")
+    return has(ast.walk(method), ast.Raise)
 
 
-DEFECTS = dict(
-    [
-        defect(
-            "D1", "compiled: images lose their DeepStack features", "<0.23", any_of(specialises)
-        ),
-        defect(
-            "D2", "features outlive their step, into other requests", ">=0.23", any_of(outlives)
-        ),
-        defect("D3", "no start without vision tower", ">=0.23,<0.28", any_of(takes_meta)),
-        defect(
-            "D4", "a step longer than the buffers loses its own", ">=0.23", any_of(growing_drops)
-        ),
-        defect("D5", "CUDA graphs read buffers that were outgrown", ">0", any_of(growing_strands)),
-        defect("D6", "a shorter payload leaves a longer one's tail", ">0", any_of(leaves_tail)),
-        defect("D7", "buffers keep their first device and dtype", ">0", any_of(stays_put)),
-        defect("D8", "Qwen3-Omni, images: no start on a Hopper", ">=0.22,<0.24", lengths_on_cpu),
-        defect("D9", "dual-batch overlap: both halves read alike", ">0", any_of(same_rows)),
-        defect("D10", "a padded step ends the engine", "<0.20.2", any_of(refuses_padding)),
-        defect("D11", "Qwen3-VL: no start with pipeline parallelism", "<0.30", no_architecture),
+def unchecked_stage(model: Model) -> bool:
+    compared = [
+        node
+        for node in ast.walk(model.methods[INIT])
+        if isinstance(node, (ast.Assert, ast.If)) and has(ast.walk(node), ast.Raise, ast.Assert)
     ]
-)
+    words = {*names(model.methods[INIT])}
+    return not (compared and words & {"start_layer", "end_layer"})
+
+
+def splits_all(model: Model) -> bool:
+    """All embeddings are joined and split alike: such as have no levels are an exception."""
+    method = model.methods.get("_compute_deepstack_embeds")
+    if method is None:
+        raise Unreadable(f"{model.root / model.kind.file}: no _compute_deepstack_embeds")
+    joined = any(
+        isinstance(node, ast.Call)
+        and ast.unparse(node.func) == "torch.cat"
+        and ast.unparse(node.args[0]) == "multimodal_embeddings"
+        for node in ast.walk(method)
+    )
+    return joined and any(
+        isinstance(node, ast.Constant) and node.value == "prompt_embeds"
+        for node in ast.walk(parse(model.root / RUNNER))
+    )
+
+
+def ignores_embeddings(model: Model) -> bool:
+    return not model.mentions("enable_mm_embeds")
+
+
+@dataclass(frozen=True)
+class Rule:
+    present: Callable[[Model], bool]
+    released: dict[str, SpecifierSet]
+    """By model, the releases that have the defect, as far as they are known."""
+
+
+@dataclass(frozen=True)
+class Defect:
+    title: str
+    rules: tuple[Rule, ...]
+    latent: bool = False
+    """No engine reaches it as it is."""
+
+    @property
+    def models(self) -> dict[str, tuple[Callable[[Model], bool], SpecifierSet]]:
+        return {
+            name: (rule.present, specifier)
+            for rule in self.rules
+            for name, specifier in rule.released.items()
+        }
+
+
+def rule(present: Callable[[Model], bool], **released: str) -> Rule:
+    """Which releases have it, by groups of models."""
+    groups = {
+        "vl": ("Qwen3-VL", "Qwen3-VL-MoE"),
+        "moe": ("Qwen3-VL-MoE",),
+        "omni": ("Qwen3-Omni",),
+        "compass": ("Cohere Compass",),
+        "qwen4": ("Qwen4-Exp", "Qwen4-Exp (AMD)"),
+        "granite": ("Granite 4 Vision",),
+        "moss": ("MOSS-Audio",),
+        "ernie": ("Ernie 4.5-VL",),
+    }
+    return Rule(
+        present,
+        {
+            name: SpecifierSet(specifier, prereleases=True)
+            for group, specifier in released.items()
+            for name in groups[group]
+        },
+    )
+
+
+ALWAYS = ">0"
+COPIES = {"compass": ALWAYS, "qwen4": ALWAYS}
+SHARED = {"vl": ALWAYS, "omni": ALWAYS, **COPIES}
+DEFECTS = {
+    "D1": Defect(
+        "compiled: images lose their DeepStack features",
+        (rule(specialises, vl="<0.23", omni="<0.23", moss=ALWAYS),),
+    ),
+    "D2": Defect(
+        "features outlive their step, into other requests",
+        (
+            rule(outlives, vl=">=0.23", omni=">=0.23", **COPIES, granite=ALWAYS),
+            rule(mask_outlives, ernie=ALWAYS),
+        ),
+    ),
+    "D3": Defect(
+        "no start without vision tower",
+        (rule(takes_meta, vl=">=0.23,<0.28", omni=">=0.23,<0.28", compass=ALWAYS),),
+    ),
+    "D4": Defect(
+        "a step longer than the buffers loses its own",
+        (rule(growing_drops, vl=">=0.23", omni=">=0.23", **COPIES),),
+        latent=True,
+    ),
+    "D5": Defect(
+        "CUDA graphs read buffers that were outgrown",
+        (rule(growing_strands, **SHARED, granite=ALWAYS),),
+        latent=True,
+    ),
+    "D6": Defect(
+        "a shorter payload leaves a longer one's tail",
+        (rule(leaves_tail, **SHARED, granite=ALWAYS),),
+        latent=True,
+    ),
+    "D7": Defect(
+        "buffers do not outlive sleep(level=2)",
+        (rule(unregistered, **SHARED, granite=ALWAYS),),
+    ),
+    "D8": Defect("images: no start on a Hopper", (rule(lengths_on_cpu, omni=">=0.22,<0.24"),)),
+    "D9": Defect(
+        "dual-batch overlap: both halves read alike",
+        # The others are dense, and overlap is for expert parallelism.
+        (rule(same_rows, moe=ALWAYS, omni=ALWAYS, qwen4=ALWAYS),),
+    ),
+    "D10": Defect(
+        "a padded step ends the engine", (rule(refuses_padding, vl="<0.20.2", omni="<0.20.2"),)
+    ),
+    "D11": Defect("no start with pipeline parallelism", (rule(no_architecture, vl="<0.30"),)),
+    "D12": Defect(
+        "a prompt that ends in a medium ends the engine", (rule(refuses_prompts, omni=ALWAYS),)
+    ),
+    "D13": Defect(
+        "levels are lost where the first stage is short", (rule(unchecked_stage, omni=ALWAYS),)
+    ),
+    "D14": Defect(
+        "prompt_embeds beside images end the engine",
+        (rule(splits_all, vl=">=0.21", **COPIES),),
+    ),
+    "D15": Defect(
+        "embeddings instead of images lose their levels", (rule(ignores_embeddings, **SHARED),)
+    ),
+}
+
+
+def drops_levels(root: Path) -> bool:
+    """InternS1-Pro inherits Qwen3-VL's class, and makes no buffers for the levels it computes."""
+    if not (root / INTERNS1_PRO.file).is_file():
+        return False
+    model = Model(root, INTERNS1_PRO)
+    return model.kind.storage not in {name for name, _ in model.assigned(INIT)}

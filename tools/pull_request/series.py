@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import libcst as cst
+from packaging.version import Version
 
 from tools import releases
-from tools.overlay.defects import DEFECTS
 from tools.overlay.merge import RELEASE, merge
 from tools.overlay.splice import Statement, leading_lines, statements, with_statements
 
@@ -19,6 +19,7 @@ from . import PullRequestError
 
 MODELS = "vllm/model_executor/models"
 MIXIN = f"{MODELS}/deepstack.py"
+USERS = (f"{MODELS}/qwen3_vl.py", f"{MODELS}/qwen3_omni_moe_thinker.py")
 TEST = "tests/models/multimodal/test_deepstack.py"
 LICENSE = b"# SPDX-License-Identifier: Apache-2.0\n"
 COPYRIGHT = b"# SPDX-FileCopyrightText: Copyright contributors to the vLLM project\n"
@@ -30,19 +31,16 @@ decoder is compiled in the profiling run, which stages none and hands it
 0.23.0, reading now gives the same inputs at every step, zeros where nothing
 is staged.
 
-The buffers move to a mixin that both models share. It also keeps a payload
-when a padded step outgrows the buffers, keeps outgrown buffers current for
-CUDA graphs that were captured with them, leaves nothing of a longer payload
-behind a shorter one, and takes no meta tensors for buffers (#49384).
+The buffers move to a mixin that both models share, and are registered, so
+that `sleep(level=2)` keeps what they hold.
 """
 HOME = """\
 Qwen3-VL and Qwen3-Omni's thinker have the same buffers and methods, twice.
 They move to a mixin, with the contract of #43617: as long as there are
 buffers, reading gives the same inputs at every step.
 
-In the mixin a padded step that outgrows the buffers keeps its payload,
-buffers that a CUDA graph was captured with stay current, and a shorter
-payload leaves nothing of a longer one behind.
+The buffers are registered, so that `sleep(level=2)` keeps what they hold,
+and a shorter payload leaves nothing of a longer one behind.
 """
 STEP = """\
 `forward` clears the buffers in Python, which a replayed full CUDA graph does
@@ -51,11 +49,10 @@ chunked prefill, makes a uniform decode batch: its features stay, and every
 later decode step adds them to whatever request sits in their row, other
 users' requests included.
 
-`embed_input_ids` runs at every step, whatever graph follows: it now clears
-what is left, and stages the features of the step, writing image rows alone
-where a dense tensor was filled, scattered into, permuted and copied.
-`forward` first gives the buffers the device and dtype of the decoder's
-inputs (#44384).
+`embed_input_ids` runs at every step, whatever graph follows: it now begins
+with clearing what is left. `prompt_embeds`, which come among the embeddings
+and have no levels, are no error beside images any more, nor are prompts of
+Qwen3-Omni that end in an image, a video or an audio.
 """
 TESTS = """\
 On the model classes, without weights or a GPU.
@@ -71,18 +68,20 @@ class Commit:
 
 def affected(release: releases.Release) -> bool:
     """Whether the release is from before #43617."""
-    return DEFECTS["D1"].released.contains(release.version)
+    return release.version < Version("0.23")
 
 
 def series(release: releases.Release, sources: Path) -> list[Commit]:
     """The mixin, its use, and the tests.
 
-    What the overlay has for a range of releases is left out: upstream has mended it since.
+    What the overlay has for a range of releases, or for other models, is left out.
     """
     paths = sorted((releases.ROOT / "vllm").rglob("*.py"))
     overlay = {path.relative_to(releases.ROOT).as_posix(): path.read_bytes() for path in paths}
+    overlay = {path: overlay[path] for path in (MIXIN, *USERS)}
 
-    for path, pinned in release.sources.items():
+    for path in USERS:
+        pinned = release.sources[path]
         if releases.sha256((sources / path).read_bytes()) != pinned:
             raise PullRequestError(f"{sources / path}: not as released: delete {sources}")
 

@@ -20,22 +20,19 @@ SPEED_IN_ONE_ORDER = "speed/results/h200/serving-qwen3_vl_8b-one-order.json"
 DROPPED = """\
 Compiled Qwen3-VL and Qwen3-Omni drop DeepStack features, and every answer about an image comes
 from a crippled model (#43602). This is the change of #43617, without the defect that it
-brought: features that outlive their step. It does not touch what #44264 and #43272 mend.
+brought: features that outlive their step. It does not touch what #44264 and #43272 fix.
 """
 LINGERING = """\
 DeepStack features outlive their step where a full CUDA graph replays: one request's image is
-added to the decoding of whatever requests sit in its rows later. Follows #43617 (#43602); also
-mends #44384.
+added to the decoding of whatever requests sit in its rows later. Follows #43617 (#43602).
 """
 CLAIMS = """\
 - A step's features are gone at the next step, whatever graphs ran: the buffers are cleared
   where Python runs at every step, in `embed_input_ids`, and not in `forward` alone.
-- Reading gives the decoder the same inputs at every step, and captured graphs go on showing
-  what is staged after the buffers have grown.
-- A padded step that outgrows the buffers keeps its payload; a shorter payload leaves nothing of
-  a longer one; buffers follow the decoder's device and dtype; dual-batch overlap's
-  micro-batches read their own rows.
-- Image rows alone are written and cleared: no dense `[tokens, levels × hidden]` tensor.
+- Reading gives the decoder the same inputs at every step.
+- A shorter payload leaves nothing of a longer one; the buffers are registered; dual-batch
+  overlap's micro-batches read their own rows.
+- `prompt_embeds` beside images are no error; no prompt of Qwen3-Omni ends the engine.
 """
 SEEN = """\
 Seen on the released 0.25.1 on an H100 in bfloat16: `max_num_batched_tokens=64` and a prompt of
@@ -49,9 +46,8 @@ a full CUDA graph. `_clear_deepstack_input_embeds` is Python in `forward`, and d
 buffers keep the payload, and every later replay adds it.
 
 The two models had the buffers twice; a mixin, `DeepStackMixin`, has them now, and the next
-DeepStack model need not copy them. Outgrown buffers are kept for the graphs that were captured
-with them; growing at least doubles, so they are few. Models without a vision tower have no
-buffers, and are given `None` as before.
+DeepStack model need not copy them. Models without a vision tower have no buffers, and are given
+`None` as before.
 """
 ASSISTED = """\
 AI assistance was used. Whoever submits this has to have read every line and run the tests, and
@@ -67,7 +63,7 @@ def text(release: releases.Release, template: str) -> str:
         PullRequestError: the template has a section that is not known here.
     """
     overview = DROPPED if affected(release) else LINGERING
-    fail = "Needs no GPU. Without the first two commits 5 of the 8 fail, for both models.\n"
+    fail = "Needs no GPU. Without the first two commits some fail, for both models.\n"
     commands = f"```bash\npytest {TEST}\n```\n\n{fail}"
     # The first three are the template's up to 0.31.0, the others that of later releases.
     sections = {
@@ -108,8 +104,8 @@ def evidence(release: releases.Release) -> str:
         "Accuracy on 600 questions about diagrams, greedy, of a small Qwen3-VL trained for them:\n",
         *map(accuracy, reports),
         "Speed with random weights in Qwen3-VL-8B's shape. `stock` is the release, `pr43617` has "
-        "#43617's change alone, `fork` has this one. The engines took turns; medians, and the "
-        "ratio to the first with its spread:\n",
+        "#43617's change alone, `fork` an earlier form of this one, which staged otherwise. The "
+        "engines took turns; medians, and the ratio to the first with its spread:\n",
         page.serving(speed),
         "The same on a host with less else to do, which shows prefill more exactly. Here turns had "
         "one order, in which `stock` mostly followed eager steps, which leave the GPU cool. That "

@@ -155,23 +155,8 @@ def test_padding_beyond_the_buffers_keeps_the_features(model):
     assert padded[:, 5:].eq(0).all()
 
 
-def test_graph_captured_before_growing_reads_what_is_staged_after(model):
-    captured = model._get_deepstack_input_embeds(5)
-    model._set_deepstack_input_embeds(payload(3 * ROWS))
-    shown = torch.stack(list(captured.tensors.values()))
-    assert shown.equal(payload(3 * ROWS)[:, :5])
-
-
 def test_shorter_payload_leaves_nothing_of_a_longer_one(model):
     model._set_deepstack_input_embeds(payload(6, seed=1))
     model._set_deepstack_input_embeds(payload(2, seed=2))
     assert read(model, ROWS)[:, :2].equal(payload(2, seed=2))
     assert read(model, ROWS)[:, 2:].eq(0).all()
-
-
-def test_buffers_of_a_tower_that_is_not_loaded(model):
-    model.deepstack_input_embeds = [
-        buffer.to("meta") for buffer in model.deepstack_input_embeds
-    ]
-    assert model._get_deepstack_input_embeds(5) is None
-    model._clear_deepstack_input_embeds(5)
