@@ -1,4 +1,4 @@
-"""The contract where it takes a GPU to break it: CUDA graphs, two devices, micro-batches."""
+"""The contract where it takes a GPU to break it: CUDA graphs and micro-batches."""
 
 from __future__ import annotations
 
@@ -7,28 +7,43 @@ import threading
 import pytest
 import torch
 
-from .bare_models import CLASSES, HIDDEN, LEVELS, ROWS, load, make, payload, run_forward, stack
-from .test_steps import one_process
+from .bare_models import (
+    ALL,
+    HIDDEN,
+    LEVELS,
+    ROWS,
+    SHARED,
+    TEXT,
+    embed,
+    embeddings_of,
+    levels_of,
+    make,
+    medium,
+    payload,
+    run_forward,
+    stack,
+)
 
-__all__ = ["one_process"]
 bites = pytest.mark.bites
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_process")]
 
 
-@pytest.fixture(params=CLASSES)
-def model(request, one_process):
-    return make(load(request.param), device="cuda")
+def on_gpu(name: str):
+    model = make(name, device="cuda")
+    model.language_model.cuda()
+    return model
 
 
 def capture(model, tokens: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
     """A graph of a step, and what it copies from the decoder's inputs when it is replayed."""
-    seen = torch.full((LEVELS, tokens, HIDDEN), -1.0, device="cuda")
+    seen = torch.zeros(LEVELS, tokens, HIDDEN, device="cuda")
 
     def during(step):
-        for level, tensor in enumerate(step.tensors.values()):
-            seen[level].copy_(tensor)
+        if step is not None:
+            for level, tensor in enumerate(step.tensors.values()):
+                seen[level].copy_(tensor[:tokens])
 
-    model.language_model.decoder.during = during
+    model.language_model.model.during = during
     run_forward(model, tokens, device="cuda")
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -38,73 +53,54 @@ def capture(model, tokens: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
 
 
 def replay(graph: torch.cuda.CUDAGraph, seen: torch.Tensor) -> torch.Tensor:
-    seen.fill_(-1)
     graph.replay()
     torch.cuda.synchronize()
     return seen.cpu()
 
 
-@bites("stock")
-def test_graph_captured_without_a_payload_takes_one(model):
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name in ("granite4_vision", "moss_audio")
+        else pytest.param(name, marks=bites("stock"))
+        for name in ALL
+    ],
+)
+def test_graph_captured_without_a_payload_takes_one(name):
     """D1."""
+    model = on_gpu(name)
     graph, seen = capture(model, 4)
-    model._set_deepstack_input_embeds(payload(4).cuda())
-    assert replay(graph, seen).equal(payload(4))
+    embeddings = embeddings_of(name, 3, 1)
+    embed(model, [TEXT, *[medium(name)] * 3], [embeddings.cuda()])
+    staged = replay(graph, seen)
+    assert staged[:, 1:].equal(levels_of(embeddings)) and staged[:, 0].eq(0).all()
 
 
-@bites("stock", "pr43617")
-def test_replayed_payload_is_gone_at_the_next_step(model):
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "moss_audio" else pytest.param(name, marks=bites("pr43617", "newest"))
+        for name in ALL
+    ],
+)
+def test_replayed_payload_is_gone_at_the_next_step(name):
     """D2."""
-    graph, seen = capture(model, 1)
-    model._set_deepstack_input_embeds(payload(1).cuda())
-    replay(graph, seen)
-    model.language_model.decoder.embed_input_ids.cuda()
-    model.embed_input_ids(torch.tensor([3], device="cuda"))
+    model = on_gpu(name)
+    graph, seen = capture(model, 2)
+    embed(model, [medium(name)] * 2, [embeddings_of(name, 2, 1).cuda()])
+    assert replay(graph, seen).ne(0).any()
+    embed(model, [TEXT], [])
     assert replay(graph, seen).eq(0).all()
 
 
-@bites("stock", "pr43617")
-def test_graph_captured_before_growing_goes_on(model):
-    """D4, D5."""
-    graph, seen = capture(model, 4)
-    model._set_deepstack_input_embeds(payload(3).cuda())
-    model._get_deepstack_input_embeds(ROWS + 1)
-    assert replay(graph, seen)[:, :3].equal(payload(3))
-    model._set_deepstack_input_embeds(payload(2 * ROWS, seed=1).cuda())
-    assert replay(graph, seen).equal(payload(2 * ROWS, seed=1)[:, :4])
-
-
-@bites("stock", "pr43617")
-def test_graph_reads_nothing_of_a_longer_payload(model):
-    """D6."""
-    graph, seen = capture(model, 6)
-    model._set_deepstack_input_embeds(payload(6, seed=1).cuda())
-    model._set_deepstack_input_embeds(payload(2).cuda())
-    assert replay(graph, seen)[:, :2].equal(payload(2))
-    assert replay(graph, seen)[:, 2:].eq(0).all()
-
-
-@bites("stock", "pr43617")
-@pytest.mark.parametrize("module", CLASSES)
-def test_buffers_follow_the_decoder_to_the_gpu(module, one_process):
-    """D7."""
-    model = make(load(module))
-    seen = []
-    model.language_model.decoder.during = lambda step: seen.append(stack(step).clone())
-    model._set_deepstack_input_embeds(payload(3))
-    run_forward(model, 5, device="cuda", dtype=torch.bfloat16)
-    model._set_deepstack_input_embeds(payload(5).cuda())
-    run_forward(model, 5, device="cuda", dtype=torch.bfloat16)
-    assert seen[0].is_cuda and seen[1].is_cuda
-    assert seen[0][:, :3].cpu().equal(payload(3).bfloat16())
-    assert seen[1].cpu().equal(payload(5).bfloat16())
-
-
-@bites("stock", "pr43617")
-def test_micro_batches_overlap(model):
+@bites("stock", "pr43617", "newest")
+@pytest.mark.parametrize("name", SHARED)
+def test_micro_batches_overlap(name):
     """D9, in vLLM's own threads, contexts and streams; each yields before it reads."""
     from vllm.v1.worker import ubatching
 
+    model = on_gpu(name)
     stream = torch.cuda.current_stream()
     contexts = ubatching.make_ubatch_contexts(
         num_micro_batches=2,
@@ -124,8 +120,8 @@ def test_micro_batches_overlap(model):
         with context:
             run_forward(model, tokens, device="cuda")
 
-    model.language_model.decoder.during = during
-    model._set_deepstack_input_embeds(payload(7).cuda())
+    model.language_model.model.during = during
+    model._set_deepstack_input_embeds(payload(ROWS - 1).cuda())
     threads = [threading.Thread(target=micro_batch, args=args) for args in zip(contexts, (3, 4))]
     for thread in threads:
         thread.start()

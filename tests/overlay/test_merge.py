@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from packaging.version import Version
 
 from tools.overlay import OverlayError
-from tools.overlay.merge import merge
+from tools.overlay.merge import added, is_needed, merge
 
 PATH = "vllm/model_executor/models/tower.py"
 BASE = "vllm/model_executor/models/base.py"
@@ -531,3 +531,110 @@ class TestReleases:
 
     def test_bad_specifier_is_an_error(self):
         fails("x = 1\n", "# release: new\nx = 2\n", "x", "`# release: new`")
+
+    def test_whole_file_of_some_releases(self):
+        """Said above the file's docstring; a comment above a definition is about that."""
+        ours = b'# SPDX\n# release: >=0.30\n"""Compass."""\n\nx = 1\n'
+        needed = {
+            release: is_needed(ours, path=PATH, release=Version(release))
+            for release in ("0.29.0", "0.30.0")
+        }
+        assert needed == {"0.29.0": False, "0.30.0": True}
+        assert is_needed(b"# release: >=0.30\nx = 1\n", path=PATH, release=Version("0.29.0"))
+
+    @pytest.mark.parametrize(
+        "body", ["class A:\n    def f(self):\n        ...\n        a()\n", "..."]
+    )
+    def test_difference_from_a_file_that_is_not_there_is_an_error(self, body):
+        with pytest.raises(OverlayError, match="upstream has no such file"):
+            added(body.encode(), path=PATH, release=Version("0.29.0"))
+
+    def test_new_file_stays_as_it_is(self):
+        ours = b"class A:\n    def f(self):\n        return 1\n"
+        assert added(ours, path=BASE, release=Version("0.29.0")) == ours
+
+
+class TestRemoval:
+    def test_statement_that_is_named_to_go(self):
+        check(
+            """
+            def f(x):
+                a(x)
+                b(x)
+                c(x)
+            """,
+            """
+            def f(x):
+                ...
+                # remove: c does it
+                b(x)
+                new(x)
+                ...
+            """,
+            """
+            def f(x):
+                a(x)
+                new(x)
+                c(x)
+            """,
+        )
+
+    def test_inside_blocks_whose_first_line_is_named(self):
+        check(
+            """
+            def f(x):
+                if x:
+                    for y in x:
+                        a(y)  # why
+                        b(y)
+                    c(x)
+                else:
+                    d(x)
+                return x
+            """,
+            """
+            def f(x):
+                if x:
+                    for y in x:
+                        # remove
+                        a(y)
+                        new(y)
+                        ...
+                    ...
+                ...
+            """,
+            """
+            def f(x):
+                if x:
+                    for y in x:
+                        new(y)
+                        b(y)
+                    c(x)
+                else:
+                    d(x)
+                return x
+            """,
+        )
+
+    @pytest.mark.parametrize(
+        "body, words",
+        [
+            ("...\n    # remove\n    gone()\n    new()\n    ...\n", "`gone()`"),
+            ("...\n    if y:\n        ...\n        new()\n    ...\n", "`if y:"),
+            (
+                "...\n    if x:\n        # remove\n        gone()\n        new()\n        ...\n",
+                "`gone()`",
+            ),
+        ],
+    )
+    def test_what_is_not_there_cannot_go(self, body, words):
+        fails(
+            "def f(x):\n    a(x)\n    if x:\n        b(x)\n", f"def f(x):\n    {body}", "f", words
+        )
+
+    def test_ambiguous_block_is_an_error(self):
+        fails(
+            "def f(x):\n    if x:\n        a()\n    if x:\n        b()\n",
+            "def f(x):\n    if x:\n        new()\n        ...\n    ...\n",
+            "2 times",
+        )

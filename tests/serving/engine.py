@@ -64,7 +64,7 @@ class Engine:
         return ParityError(f"{self.job.name} died:\n{self.job.error()}")
 
     def serve(self, stream: list[Request]) -> list[Run]:
-        """What each request got, served together as they join."""
+        """What each request got, served together as they join: a ValueError if it was refused."""
         return self._ask(stream)
 
     def model(self, function: Callable[[Any], Any]) -> Any:
@@ -108,7 +108,7 @@ def main(connection: Connection, options: list[str]) -> None:
             connection.send(serve(llm, question))
 
 
-def serve(llm: Any, stream: list[Request]) -> list[Run]:
+def serve(llm: Any, stream: list[Request]) -> list[Run | ValueError]:
     """Steps the engine by hand, so that who is in flight with whom is always the same."""
     engine = llm.llm_engine
     config = engine.vllm_config
@@ -122,7 +122,7 @@ def serve(llm: Any, stream: list[Request]) -> list[Run]:
     return step_through(llm, stream)
 
 
-def step_through(llm: Any, stream: list[Request]) -> list[Run]:
+def step_through(llm: Any, stream: list[Request]) -> list[Run | ValueError]:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -130,7 +130,7 @@ def step_through(llm: Any, stream: list[Request]) -> list[Run]:
     vocabulary = engine.vllm_config.model_config.get_vocab_size()
     tokenizer = llm.get_tokenizer()
     waiting = list(enumerate(stream))[::-1]
-    done: dict[int, Run] = {}
+    done: dict[int, Run | ValueError] = {}
     since = 0
     while waiting or engine.has_unfinished_requests():
         while waiting and (
@@ -146,7 +146,13 @@ def step_through(llm: Any, stream: list[Request]) -> list[Run]:
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            engine.add_request(str(number), request.prompt(tokenizer), sampling)
+            prompt = request.prompt(tokenizer, engine.vllm_config.model_config.get_hidden_size())
+            try:
+                if "_prompt_embeds" in prompt:
+                    prompt = engine.renderer._process_tokens(prompt)
+                engine.add_request(str(number), prompt, sampling)
+            except ValueError as error:
+                done[number] = error
             since = 0
         for output in engine.step():
             if output.finished:

@@ -135,6 +135,11 @@ def oracle_options(model: Path, dtype: str) -> list[str]:
     ]
 
 
+def with_prompt_embeds(model: Path) -> tuple[str, ...]:
+    """For engines that have `--enable-prompt-embeds`."""
+    return (*modalities(model), "prompt_embeds")
+
+
 def served_options(model: Path, dtype: str, *options: str) -> list[str]:
     """The oracle's, compiled and with `options`."""
     return [*oracle_options(model, dtype)[:-2], *options]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -15,6 +16,7 @@ from tools.parity.samples import drawing
 MAX_MODEL_LEN = 512
 LIMITS = {"image": 3, "video": 1, "audio": 1}
 SAMPLE_RATE = 16_000
+EMBEDS_TOKEN = 17  # any that no prompt has: `Text` draws from 20 on
 # Placeholders by modality; the processor puts a modality's tokens in place of the middle one.
 MARKS = {
     "image": ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>"),
@@ -83,37 +85,60 @@ class Audio:
 
 
 @dataclass(frozen=True)
+class Embeds:
+    """A `prompt_embeds` part, of a request that has a medium as well."""
+
+    tokens: int
+    seed: int = 0
+
+    def content(self, hidden_size: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        return 0.1 * torch.randn(self.tokens, hidden_size, generator=generator)
+
+
+@dataclass(frozen=True)
 class Request:
-    parts: tuple[Text | Picture | Video | Audio, ...]
+    parts: tuple[Text | Picture | Video | Audio | Embeds, ...]
     max_tokens: int = 1
     closed: bool = True
     """Whether the last part, if it is no text, has its end mark: without it, the prompt's
     last token is one of an image's."""
     joins_after: int = field(default=0, compare=False)
     """Engine steps between the request before and this one."""
+    bare: bool = False
+    """Whether media have neither start nor end marks."""
 
-    def prompt(self, tokenizer: Any) -> dict[str, Any]:
+    def prompt(self, tokenizer: Any, hidden_size: int = 0) -> dict[str, Any]:
         """As vLLM takes it: token ids with placeholders, and what they stand for."""
         ids: list[int] = []
         data: dict[str, list[Any]] = {}
+        embeds: list[torch.Tensor] = []
         for part in self.parts:
             if isinstance(part, Text):
                 ids += part.ids()
+            elif isinstance(part, Embeds):
+                ids.append(EMBEDS_TOKEN)
+                embeds.append(part.content(hidden_size))
+            elif self.bare:
+                ids.append(tokenizer.convert_tokens_to_ids(MARKS[part.modality][1]))
+                data.setdefault(part.modality, []).append(part.content())
             else:
                 ids += tokenizer.convert_tokens_to_ids(list(MARKS[part.modality]))
                 data.setdefault(part.modality, []).append(part.content())
-        if not self.closed and not isinstance(self.parts[-1], Text):
+        if not (self.closed or self.bare or isinstance(self.parts[-1], (Text, Embeds))):
             ids.pop()
         # The same content always gives the same hash, or the cache of prefixes never hits.
         uuids = {
             modality: [
                 str(zlib.crc32(repr(part).encode()))
                 for part in self.parts
-                if not isinstance(part, Text) and part.modality == modality
+                if not isinstance(part, (Text, Embeds)) and part.modality == modality
             ]
             for modality in data
         }
         prompt: dict[str, Any] = {"prompt_token_ids": ids}
+        if embeds:  # as vLLM's renderer has them of a chat's `prompt_embeds` parts
+            prompt["_prompt_embeds"] = embeds, EMBEDS_TOKEN
         return prompt | ({"multi_modal_data": data, "multi_modal_uuids": uuids} if data else {})
 
 
@@ -137,14 +162,15 @@ def streams(
     @st.composite
     def request(draw: st.DrawFn) -> Request:
         parts: list[Any] = [draw(text)]
-        chosen = draw(st.lists(st.sampled_from(["image", "image", *modalities]), max_size=2))
+        media = [modality for modality in modalities if modality in kinds]
+        chosen = draw(st.lists(st.sampled_from(["image", "image", *media]), max_size=2))
         for modality in dict.fromkeys(chosen):
             for part in draw(kinds[modality]):
                 parts.insert(draw(st.integers(0, len(parts))), part)
-        # vLLM up to 0.31.0 counts Qwen3-Omni's positions one short after an image, video or
-        # audio: a prompt that ends there ends the engine, eager or compiled.
-        endings = ["text"] if "audio" in modalities else ["text", "mark", "image"]
-        ending = draw(st.sampled_from(endings))
+        if "prompt_embeds" in modalities and len(parts) > 1:
+            for part in draw(st.lists(st.builds(Embeds, st.integers(1, 9), seeds), max_size=2)):
+                parts.insert(draw(st.integers(0, len(parts))), part)
+        ending = draw(st.sampled_from(["text", "mark", "image"]))
         if ending == "text":
             parts.append(draw(text))
         elif ending == "image":
@@ -152,8 +178,10 @@ def streams(
             if last:
                 parts.remove(last)
             parts.append(last or draw(picture))
-            if "video" not in chosen and budget <= 128 and draw(st.booleans()):
-                length = sum(p.tokens if isinstance(p, Text) else p.tokens() + 2 for p in parts) - 1
+            counted = all(isinstance(part, (Text, Picture, Embeds)) for part in parts)
+            if counted and budget <= 128 and draw(st.booleans()):
+                length = sum(p.tokens() + 2 if isinstance(p, Picture) else p.tokens for p in parts)
+                length -= 1
                 first = next(i for i, part in enumerate(parts) if isinstance(part, Text))
                 missing = (1 - length) % budget
                 parts[first] = Text(parts[first].tokens + missing, parts[first].seed)

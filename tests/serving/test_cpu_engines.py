@@ -5,16 +5,28 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.tiny_models import HIDDEN
 from tools.overlay.tree import Tree
 from tools.parity import ParityError
-from tools.parity.compare import TOLERANCE
+from tools.parity.compare import TOLERANCE, compare
 
 from .engine import Engine
-from .soak import DifferenceError, Soak, modalities, oracle_options, served_options
-from .streams import Request, Text
+from .soak import (
+    DifferenceError,
+    Soak,
+    modalities,
+    oracle_options,
+    served_options,
+    with_prompt_embeds,
+)
+from .streams import Audio, Embeds, Picture, Request, Text, Video
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -27,6 +39,32 @@ SHARDED = {
 }
 # Upstream wants all DeepStack levels before the cut.
 CUT = {"tensor": {}, "pipeline": {"VLLM_PP_LAYER_PARTITION": "3,1"}}
+
+
+PROMPT_EMBEDS = ["--enable-prompt-embeds"]
+IMAGE = Request((Text(12), Picture(192, 160), Text(5)), max_tokens=4)
+TEXT = Request((Text(12, 3),), max_tokens=4)
+EMBEDS_AND_IMAGE = Request(
+    (Embeds(3), Text(4), Picture(64, 96), Embeds(5, 1), Text(2)), max_tokens=4
+)
+
+
+def endings(model: Path) -> list[Request]:
+    """Prompts that end in a medium: in its end mark, in itself, or side by side with another;
+    that begin with it; or that are it."""
+    media: list[Any] = [Picture(64, 96, 1)]
+    if "audio" in modalities(model):
+        media += [Video(2, 1), Audio(900, 1)]  # of Qwen3-VL, a video has to have its marks
+    requests = []
+    for medium in media:
+        requests += [
+            Request((Text(5), medium), max_tokens=3),
+            Request((Text(5), medium), max_tokens=3, closed=False),
+            Request((Text(5), medium, Picture(96, 64, 2)), max_tokens=3, bare=True),
+            Request((medium, Text(1), Picture(96, 64, 2), Text(3)), max_tokens=3, bare=True),
+            Request((medium,), max_tokens=3, bare=True),
+        ]
+    return [*requests, TEXT]
 
 
 @pytest.fixture(scope="module", params=["qwen3_vl", "qwen3_omni"])
@@ -46,6 +84,7 @@ def start(model, tmp_path_factory):
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": cores,
             "HF_HUB_OFFLINE": "1",
+            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # `apply_model`
         }
         folder = tmp_path_factory.mktemp("logs")
         engines.append(Engine("engine", [*options, *MEMORY], folder, tree, **env))
@@ -58,7 +97,7 @@ def start(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def oracle(model, start):
-    return start(oracle_options(model, "float32"), cores=CORES[-1])
+    return start([*oracle_options(model, "float32"), *PROMPT_EMBEDS], cores=CORES[-1])
 
 
 @pytest.fixture
@@ -76,9 +115,73 @@ def soak(model, start, oracle):
 
 
 def test_soak(soak, model):
-    checked = soak("--max-num-batched-tokens", "64", *CACHED)
-    checked.run(modalities(model), 60, seed=0)
+    checked = soak("--max-num-batched-tokens", "64", *CACHED, *PROMPT_EMBEDS)
+    checked.check(endings(model))
+    checked.check([IMAGE, EMBEDS_AND_IMAGE, TEXT, EMBEDS_AND_IMAGE])
+    checked.run(with_prompt_embeds(model), 60, seed=0)
     assert checked.compared > 180
+
+
+@pytest.mark.parametrize(
+    "model, error",
+    [("qwen3_vl", "Sizes of tensors must match"), ("qwen3_omni", "Position ids length mismatch")],
+    indirect=["model"],
+)
+def test_a_prompt_ends_the_stock_release(start, model, error, stock_tree):
+    """D14; D12. For everybody: the request is gone with the engine, and so are all others."""
+    options = [*oracle_options(model, "float32"), *PROMPT_EMBEDS]
+    engine = start(options, tree=stock_tree)
+    (served,) = engine.serve([TEXT])
+    assert served.logits.shape[0] == TEXT.max_tokens
+    with pytest.raises(ParityError, match=error):
+        engine.serve([EMBEDS_AND_IMAGE] if error.startswith("Sizes") else endings(model)[:1])
+    engine.stop()
+
+
+def encode(checkpoint: Path, picture: Picture, model: Any) -> tuple[Any, Any]:
+    """What the vision tower gives for a picture, and the grid that it has."""
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(checkpoint).image_processor
+    inputs = processor(images=[picture.content()], return_tensors="pt")
+    kwargs = {key: inputs[key] for key in ("pixel_values", "image_grid_thw")}
+    return model.embed_multimodal(**kwargs)[0], inputs["image_grid_thw"]
+
+
+@dataclass(frozen=True, eq=False)
+class Given(Request):
+    """A prompt with an image's embeddings in place of the image."""
+
+    embeddings: tuple[Any, Any] | None = None
+
+    def prompt(self, tokenizer: Any, hidden_size: int = 0) -> dict[str, Any]:
+        embeds, grid = self.embeddings or (None, None)
+        data = {"image": {"image_embeds": embeds, "image_grid_thw": grid}}
+        return super().prompt(tokenizer) | {"multi_modal_data": data, "multi_modal_uuids": None}
+
+
+EMBEDS_ONLY = ["--limit-mm-per-prompt", '{"image": 0, "video": 0}', "--enable-mm-embeds"]
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_embeddings_in_place_of_images(start, model, oracle, stock, stock_tree):
+    """D15: an engine without a vision tower, that is sent what another's tower gave."""
+    (alone,) = oracle.serve([IMAGE])
+    picture = next(part for part in IMAGE.parts if isinstance(part, Picture))
+    embeds, grid = oracle.model(partial(encode, model, picture))
+    options = [*oracle_options(model, "float32"), *EMBEDS_ONLY]
+    engine = start(options, tree=stock_tree if stock else None)
+    request = Given(IMAGE.parts, IMAGE.max_tokens, embeddings=(embeds, grid))
+    if stock:
+        (served,) = engine.serve([request])
+        assert compare(served, alone).largest > 0.5
+    else:
+        narrow = Given(IMAGE.parts, IMAGE.max_tokens, embeddings=(embeds[:, :HIDDEN], grid))
+        served, refused, text = engine.serve([request, narrow, TEXT])
+        assert compare(served, alone).largest < TOLERANCE["float32"]
+        assert f"{HIDDEN} wide; the model takes {4 * HIDDEN}" in str(refused)
+        assert compare(text, oracle.serve([TEXT])[0]).largest < TOLERANCE["float32"]
+    engine.stop()
 
 
 @pytest.mark.parametrize("kind", SHARDED)

@@ -14,7 +14,7 @@ from tests.conftest import missing_gpus
 from tools.parity.compare import TOLERANCE
 
 from .engine import Engine
-from .soak import Soak, modalities, oracle_options, served_options
+from .soak import Soak, modalities, oracle_options, served_options, with_prompt_embeds
 from .streams import Audio, Picture, Request, Text
 
 bites = pytest.mark.bites
@@ -32,12 +32,13 @@ NGRAM = {
 }
 SPECULATIVE = ["--speculative-config", json.dumps(NGRAM)]
 PIECEWISE = ["--compilation-config", json.dumps({"cudagraph_mode": "PIECEWISE"})]
+PROMPT_EMBEDS = ["--enable-prompt-embeds"]
 CACHED, UNCACHED = "--enable-prefix-caching", "--no-enable-prefix-caching"
 KINDS: dict[str, list[str]] = {
     "default": [],
     "sleeping": ["--enable-sleep-mode"],
     "no vision": ["--limit-mm-per-prompt", '{"image": 0, "video": 0}'],
-    "chunks of 32": ["--max-num-batched-tokens", "32", CACHED],
+    "chunks of 32": ["--max-num-batched-tokens", "32", CACHED, *PROMPT_EMBEDS],
     "chunks of 64": ["--max-num-batched-tokens", "64", UNCACHED],
     "piecewise": ["--max-num-batched-tokens", "128", CACHED, *PIECEWISE],
     "speculative": ["--max-num-batched-tokens", "48", UNCACHED, *SPECULATIVE],
@@ -61,7 +62,7 @@ def fleet(request, models, tmp_path_factory):
     engines = {}
     for model, kind in [*dict.fromkeys((model, "oracle") for model, _ in wanted), *wanted]:
         if kind == "oracle":
-            options = oracle_options(models[model], DTYPE)
+            options = [*oracle_options(models[model], DTYPE), *PROMPT_EMBEDS]
         else:
             options = served_options(models[model], DTYPE, *KINDS[kind])
         folder = tmp_path_factory.mktemp("logs")
@@ -139,19 +140,6 @@ def test_engine_without_vision_tower(soak, request):
         soak.check([Request((Text(5), Audio(900), Text(5)), max_tokens=8), TEXT])
 
 
-def outgrow(model) -> None:
-    """As a step does that is padded beyond the buffers' rows."""
-    rows = model.deepstack_input_embeds[0].size(0)
-    model._get_deepstack_input_embeds(rows + 1)
-
-
-@on("chunks of 32", "stock", "pr43617")
-def test_graphs_read_what_is_staged_after_growing(soak):
-    """D5. Prompts that fit a captured graph."""
-    soak.served.model(outgrow)
-    soak.check([Request((Text(4), Picture(64, 64), Text(2)), max_tokens=4), IMAGE, TEXT])
-
-
 @torch.inference_mode()
 def mark_buffers(model) -> None:
     for buffer in model.deepstack_input_embeds:
@@ -181,7 +169,8 @@ def test_buffers_outlive_sleep(soak):
 )
 def test_soak(soak, request):
     model, kind = request.node.callspec.params["served"]
-    soak.run(modalities(request.getfixturevalue("models")[model]), REQUESTS, SOAKED.index(kind))
+    drawn = with_prompt_embeds if PROMPT_EMBEDS[0] in KINDS[kind] else modalities
+    soak.run(drawn(request.getfixturevalue("models")[model]), REQUESTS, SOAKED.index(kind))
 
 
 @pytest.mark.gpu(2)

@@ -104,7 +104,8 @@ def splice(ours: Function, theirs: Function) -> Function:
     anchor and says where between them the new ones go. An anchor marked `# remove` goes. A
     block (`if`, `for`, `while`, `with`) that has any of these in it is the anchor of upstream's
     block with the same first line, and spliced like a body. A docstring in `ours` is for the
-    overlay's reader.
+    overlay's reader. What is to go, and nothing comes for it, may be gone already: that looks as
+    it does once it is merged.
 
         ours                      theirs                 merged
         a = 0                     x = f()                a = 0
