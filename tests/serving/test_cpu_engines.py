@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.tiny_models import HIDDEN
 from tools.overlay.tree import Tree
@@ -145,7 +146,9 @@ def encode(checkpoint: Path, picture: Picture, model: Any) -> tuple[Any, Any]:
     processor = AutoProcessor.from_pretrained(checkpoint).image_processor
     inputs = processor(images=[picture.content()], return_tensors="pt")
     kwargs = {key: inputs[key] for key in ("pixel_values", "image_grid_thw")}
-    return model.embed_multimodal(**kwargs)[0], inputs["image_grid_thw"]
+    with torch.inference_mode():
+        embeds = model.embed_multimodal(**kwargs)[0]
+    return embeds.numpy(), inputs["image_grid_thw"].numpy()
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +158,8 @@ class Given(Request):
     embeddings: tuple[Any, Any] | None = None
 
     def prompt(self, tokenizer: Any, hidden_size: int = 0) -> dict[str, Any]:
-        embeds, grid = self.embeddings or (None, None)
+        assert self.embeddings
+        embeds, grid = map(torch.from_numpy, self.embeddings)
         data = {"image": {"image_embeds": embeds, "image_grid_thw": grid}}
         return super().prompt(tokenizer) | {"multi_modal_data": data, "multi_modal_uuids": None}
 

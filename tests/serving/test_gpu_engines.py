@@ -41,6 +41,7 @@ KINDS: dict[str, list[str]] = {
     "chunks of 32": ["--max-num-batched-tokens", "32", CACHED, *PROMPT_EMBEDS],
     "chunks of 64": ["--max-num-batched-tokens", "64", UNCACHED],
     "piecewise": ["--max-num-batched-tokens", "128", CACHED, *PIECEWISE],
+    "whole model": ["--compilation-config", json.dumps({"mode": 1}), UNCACHED],
     "speculative": ["--max-num-batched-tokens", "48", UNCACHED, *SPECULATIVE],
     "speculative, cached": ["--max-num-batched-tokens", "512", CACHED, *SPECULATIVE],
     "tensor parallel": ["--tensor-parallel-size", "2", "--max-num-batched-tokens", "64"],
@@ -138,6 +139,17 @@ def test_engine_without_vision_tower(soak, request):
     soak.check([TEXT])
     if "omni" in request.node.name:
         soak.check([Request((Text(5), Audio(900), Text(5)), max_tokens=8), TEXT])
+
+
+@on("whole model")
+def test_whole_model_compiled(soak):
+    """`CompilationMode.STOCK_TORCH_COMPILE`: 60 steps or more, with images and without, of
+    different lengths. CPU engines never compile the outer model."""
+    for number in range(15):
+        picture = Picture(64 + 32 * (number % 5), 64 + 32 * (number % 3), number % 4)
+        image = Request((Text(3 + 5 * number % 40), picture, Text(4)), max_tokens=3)
+        text = Request((Text(5 + 7 * number % 60),), max_tokens=3, joins_after=99)
+        soak.check([image, text])
 
 
 @torch.inference_mode()
