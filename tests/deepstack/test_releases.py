@@ -57,6 +57,7 @@ def run_pytest(tree: Path, log: Path, options: tuple[str, ...]) -> None:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     sys.path.insert(0, str(tree))
+    os.environ["PYTHONPATH"] = str(tree)  # vLLM inspects models in a process of its own
     # A release for CUDA runs these tests as well; the newest one has no other.
     os.environ["VLLM_TARGET_DEVICE"] = "cpu"
     # What vLLM knows of a model is kept by its file's hash, and read by other releases, too.
