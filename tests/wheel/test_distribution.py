@@ -55,7 +55,7 @@ def test_installed_vllm_is_patched_and_put_back(site):
 
     found = command(site, "vllm-deepstack", "status")
     assert found.returncode == 1, found.stderr
-    assert found.stdout.splitlines()[-1] == f"affected; to mend it: vllm-deepstack apply {site}"
+    assert found.stdout.splitlines()[-1] == f"affected; to fix it: vllm-deepstack apply {site}"
 
     done = command(site, "vllm-deepstack", "apply")
     assert done.returncode == 0, done.stderr

@@ -20,10 +20,7 @@ from tools.overlay.tree import Tree
 
 ROOT = releases.ROOT
 RELEASE = releases.default()
-CHANGED = {
-    f"vllm/model_executor/models/{name}.py"
-    for name in ("deepstack", "qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe_thinker")
-}
+CHANGED = {"vllm/model_executor/models/deepstack.py", *RELEASE.sources}
 
 
 def run(*command: object, **env: str) -> subprocess.CompletedProcess[str]:

@@ -49,10 +49,10 @@ class Qwen3OmniMoeThinkerForConditionalGeneration(DeepStackMixin):
         rows |= (ids == self.config.video_token_id) & is_multimodal
         others = [e for e in multimodal_embeddings if e.size(1) == size]
         vision = [e for e in multimodal_embeddings if e.size(1) != size]
-        payload, vision = self._compute_deepstack_embeds(inputs_embeds, vision, rows)
+        payload, main = self._compute_deepstack_embeds(inputs_embeds, vision, rows)
         if payload is not None:
             self._set_deepstack_input_embeds(payload)
-        _merge_multimodal_embeddings(inputs_embeds, vision, rows)
+        _merge_multimodal_embeddings(inputs_embeds, main, rows)
         return _merge_multimodal_embeddings(
             inputs_embeds, others, is_multimodal & ~rows
         )
