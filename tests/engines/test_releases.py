@@ -33,3 +33,16 @@ def test_parity(version):
     affected = released.contains(version)
     assert stock["agrees"] == (not affected)
     assert fork["agrees"]
+
+
+def test_soak():
+    """Of 0.32.0, with its own PyTorch: Qwen3-Omni is sent prompts that end in media and such as
+    mix them with `prompt_embeds`, and goes on serving (D12)."""
+    install = ["make", "install", "RELEASE=0.32.0"]
+    done = subprocess.run(install, cwd=releases.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    python = BUILD / "env" / "0.32.0" / "bin" / "python"
+    command = [str(python), "-m", "pytest", "-p", "no:cacheprovider"]
+    command += ["tests/serving/test_cpu_engines.py::test_soak[qwen3_omni]"]
+    done = subprocess.run(command, cwd=releases.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
