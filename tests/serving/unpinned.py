@@ -4,9 +4,13 @@ It pins memory, for which a CUDA build of PyTorch wants a driver. vLLM imports t
 its worker processes: `--worker-extension-cls tests.serving.unpinned.Unpinned`.
 """
 
+from inspect import signature
+
 from vllm.utils import torch_utils
 
-torch_utils.async_tensor_h2d.__defaults__ = (False,)
+torch_utils.PIN_MEMORY = False
+if "pin_memory" in signature(torch_utils.async_tensor_h2d).parameters:
+    torch_utils.async_tensor_h2d.__defaults__ = (False,)
 
 
 class Unpinned:
