@@ -255,23 +255,24 @@ def clearing_is_captured(model: Model) -> bool:
     return always(model, model.methods[FORWARD].body)
 
 
-def always(model: Model, statements: list[ast.stmt]) -> bool:
-    """Whether statements clear, whatever is staged."""
+def always(model: Model, statements: list[ast.stmt], seen: frozenset[str] = frozenset()) -> bool:
+    """Whether statements clear, whatever is staged. `seen`: methods that led here."""
     for statement in statements:
         if isinstance(statement, ast.If):
             if model.on_state(statement.test):
                 if has(ast.walk(statement), ast.Return):
                     return False
                 continue
-            if always(model, statement.body):
+            if always(model, statement.body, seen):
                 return True
         elif isinstance(statement, (ast.For, ast.With)):
-            if always(model, statement.body):
+            if always(model, statement.body, seen):
                 return True
         else:
             for node in ast.walk(statement):
-                called = model.methods.get(own_attribute(node) or "")
-                if clears(node) or (called and always(model, called.body)):
+                name = own_attribute(node) or ""
+                called = model.methods.get(name) if name not in seen else None
+                if clears(node) or (called and always(model, called.body, seen | {name})):
                     return True
     return False
 
