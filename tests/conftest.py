@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hypothesis import Phase, settings
 from packaging.specifiers import SpecifierSet
 
@@ -96,13 +97,20 @@ def models(tmp_path_factory) -> dict[str, Path]:
     return {name: make(root / name) for name, make in tiny_models.MODELS.items()}
 
 
+def downloading(version: str) -> FileLock:
+    """Held by the one of pytest-xdist's workers that fetches a release."""
+    BUILD.mkdir(exist_ok=True)
+    return FileLock(BUILD / f".{version}.lock")
+
+
 @pytest.fixture(scope="session")
 def release_sources(tmp_path_factory):
     """Copies of the files that the overlay changes, as a release has them: `sources("0.22.1")`."""
 
     def copy(version: str) -> Path:
         kept = BUILD / "sources" / version
-        releases.fetch_sources(releases.known(version), kept)
+        with downloading(version):
+            releases.fetch_sources(releases.known(version), kept)
         return Path(shutil.copytree(kept, tmp_path_factory.mktemp(version), dirs_exist_ok=True))
 
     return copy
@@ -114,9 +122,10 @@ def unpacked():
 
     def unpack(version: str) -> Path:
         tree, release = BUILD / "stock" / version, releases.known(version)
-        if not tree.exists():
-            device = "cpu" if release.wheels["cpu"] else "cuda"
-            releases.unpack(release.fetch(device, BUILD / "releases"), tree)
+        with downloading(version):
+            if not tree.exists():
+                device = "cpu" if release.wheels["cpu"] else "cuda"
+                releases.unpack(release.fetch(device, BUILD / "releases"), tree)
         return tree
 
     return unpack
