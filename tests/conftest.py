@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -17,6 +18,7 @@ from tools.overlay.status import read_version
 
 BUILD = releases.ROOT / "build"
 PR43617 = releases.ROOT / "tests" / "pr43617"
+FLEET = pytest.StashKey[Any]()
 
 # For tests that are meant to fail: it does not matter on how small an example.
 settings.register_profile("unshrunk", phases=[Phase.generate])
@@ -30,6 +32,14 @@ def pytest_addoption(parser):
         "that are said to fail on it, and expect each to fail",
     )
     parser.addoption("--optional", action="store_true", help="run those marked optional, too")
+    parser.addoption("--figures", metavar="FILE", help="write what the tests measured as JSON")
+
+
+def pytest_configure(config):
+    if file := config.getoption("--figures"):
+        from tests.figures import Figures
+
+        config.pluginmanager.register(Figures(Path(file)))
 
 
 def pytest_report_header(config):
@@ -60,6 +70,9 @@ def deselect(config, items, kept) -> None:
 
 
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("gpu"):  # what it did to the GPU ends with its process
+            item.add_marker(pytest.mark.forked)
     wanted = {item for item in items if in_release(item)}
     if not config.getoption("--optional"):
         wanted -= {item for item in items if item.get_closest_marker("optional")}
@@ -71,8 +84,52 @@ def pytest_collection_modifyitems(config, items):
             if any(variant in mark.args for mark in item.iter_markers("bites"))
         }
         for item in bite:
-            item.add_marker(pytest.mark.xfail(strict=True))
+            if not item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.xfail(strict=True))
         deselect(config, items, bite)
+
+
+def pytest_collection_finish(session):
+    """Engines on a GPU start ahead of the tests that share them: tests/fleet.py."""
+    config = session.config
+    there = [i for i in session.items if i.get_closest_marker("gpu") and not missing_gpus(i)]
+    if there and not config.getoption("collectonly"):
+        from tests.fleet import Fleet, by_engine
+
+        session.items[:] = by_engine(session.items)
+        config.stash[FLEET] = Fleet(by_engine(there), BUILD / "gpu")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """In the parent, around the fork."""
+    fleet = item.config.stash.get(FLEET, None)
+    if fleet is None or not item.get_closest_marker("gpu"):
+        return (yield)
+    fleet.before(item)
+    try:
+        return (yield)
+    finally:
+        fleet.after(item)
+
+
+def pytest_sessionfinish(session):
+    if fleet := session.config.stash.get(FLEET, None):
+        fleet.stop(keep=session.testsfailed > 0)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """A test on a GPU fails by what it found: an engine that died is an error, on every vLLM."""
+    variant = item.config.getoption("--bites")
+    if not (variant and item.get_closest_marker("gpu")):
+        return (yield)
+    try:
+        yield
+    except AssertionError as error:
+        print(f"fails on {variant}, as it should: {error}")
+        return None
+    pytest.fail(f"it is said to fail on {variant}, and passed")
 
 
 def missing_gpus(item) -> int:
@@ -86,6 +143,23 @@ def missing_gpus(item) -> int:
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and (missing := missing_gpus(item)):
         pytest.skip(f"needs {missing} CUDA GPU(s) more than there are")
+
+
+@pytest.fixture
+def fleet(request):
+    """The engines that the parent has started."""
+    return request.config.stash[FLEET]
+
+
+@pytest.fixture
+def figures(record_property, request):
+    """`figures(largest=0.1, …)`: what a test measured, in its output and for `--figures FILE`."""
+
+    def record(**values: Any) -> None:
+        print(", ".join(f"{name} {value}" for name, value in values.items()))
+        record_property("figures", values)
+
+    return record
 
 
 @pytest.fixture(scope="session")

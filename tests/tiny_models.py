@@ -65,10 +65,17 @@ def text_config(tokenizer: transformers.PreTrainedTokenizerFast) -> dict[str, An
     return decoder_config(tokenizer, HIDDEN, intermediate_size=2 * HIDDEN, **sizes)
 
 
-def vision_config() -> dict[str, Any]:
+def text_config_2b(tokenizer: transformers.PreTrainedTokenizerFast) -> dict[str, Any]:
+    """The widths of Qwen3-VL-2B-Instruct's decoder, and six of its layers."""
+    config = decoder_config(tokenizer, 2048, intermediate_size=6144, num_hidden_layers=6)
+    config |= {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
+    return config | {"rope_scaling": config["rope_scaling"] | {"mrope_section": [24, 20, 20]}}
+
+
+def vision_config(out_hidden: int = HIDDEN) -> dict[str, Any]:
     levels = list(range(LEVELS))
     sizes = {"depth": 4, "intermediate_size": 2 * HIDDEN, "deepstack_visual_indexes": levels}
-    return nano.vision_config(HIDDEN, **sizes)
+    return nano.vision_config(out_hidden, **sizes)
 
 
 def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -88,11 +95,12 @@ def draw_weights(model: torch.nn.Module, seed: int) -> None:
                 weight.normal_(0, 0.08, generator=generator)
 
 
-def qwen3_vl(out: Path, seed: int = 0) -> Path:
+def qwen3_vl(out: Path, seed: int = 0, decoder: Any = text_config) -> Path:
     tokenizer = make_tokenizer()
+    text = decoder(tokenizer)
     config = transformers.Qwen3VLConfig(
-        text_config=text_config(tokenizer),
-        vision_config=vision_config(),
+        text_config=text,
+        vision_config=vision_config(text["hidden_size"]),
         **token_ids(
             tokenizer,
             image_token_id="image_token",
@@ -178,15 +186,21 @@ def qwen3_omni(out: Path, seed: int = 0) -> Path:
     return out
 
 
+def qwen3_vl_2b(out: Path, seed: int = 0) -> Path:
+    return qwen3_vl(out, seed, text_config_2b)
+
+
 MODELS = {"qwen3_vl": qwen3_vl, "qwen3_omni": qwen3_omni}
+LARGER = {"qwen3_vl_2b": qwen3_vl_2b}
+"""Of 1.2 GB."""
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         prog="python -m tests.tiny_models", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("model", choices=MODELS | LARGER)
     parser.add_argument("out", type=Path)
     parser.add_argument("seed", type=int, nargs="?", default=0)
     args = parser.parse_args()
-    print(MODELS[args.model](args.out, args.seed))
+    print((MODELS | LARGER)[args.model](args.out, args.seed))

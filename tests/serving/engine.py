@@ -1,4 +1,4 @@
-"""A vLLM engine in a process of its own, that serves streams of requests.
+"""A vLLM engine in a process of its own, that serves streams of requests, and samples.
 
 python -m tests.serving.engine CONNECTION VLLM_OPTION…    (started by `Engine`)
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
+import uuid
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,8 @@ import numpy as np
 
 from tools.parity import ParityError
 from tools.parity.compare import Run
-from tools.parity.engine import logits
-from tools.parity.run import engine_job, stopping
+from tools.parity.engine import answer, logits
+from tools.parity.run import Result, engine_job, stopping
 
 from .streams import Request, Text
 
@@ -26,6 +28,8 @@ OPTIONS = ["--logprobs-mode", "raw_logits", "--max-logprobs", "-1", "--seed", "0
 
 class Engine:
     """Starts at once; the first use waits for it. To be stopped.
+
+    Any process may use it that has forked off from the one that made it, one at a time.
 
     Raises, at any use:
         ParityError: the engine died; the message has its own errors.
@@ -40,21 +44,19 @@ class Engine:
         self.connection, theirs = multiprocessing.Pipe()
         self.job.start(str(theirs.fileno()), pass_fds=(theirs.fileno(),))
         theirs.close()
-        self.started: int | None = None
 
     def budget(self) -> int:
         """The most tokens of a step: `max_num_batched_tokens`."""
-        try:
-            self.started = self.started or self.connection.recv()
-            return self.started
-        except (EOFError, ConnectionError):
-            raise self._death() from None
+        return self._ask(budget)
 
-    def _ask(self, question: Any) -> Any:
-        self.budget()
+    def _ask(self, question: Callable[[Any], Any]) -> Any:
+        number = uuid.uuid4()
         try:
-            self.connection.send(question)
-            return self.connection.recv()
+            self.connection.send((number, question))
+            while True:
+                answered, given = self.connection.recv()
+                if answered == number:  # and not what a test that was ended has asked
+                    return given
         except (EOFError, ConnectionError):
             raise self._death() from None
 
@@ -63,17 +65,26 @@ class Engine:
         self.job.process.wait()
         return ParityError(f"{self.job.name} died:\n{self.job.error()}")
 
-    def serve(self, stream: list[Request]) -> list[Run]:
-        """What each request got, served together as they join: a ValueError if it was refused."""
-        return self._ask(stream)
+    def serve(self, stream: list[Request], threshold: int = 0) -> list[Run]:
+        """What each request got, served together as they join: a ValueError if it was refused.
+
+        With a threshold, a step has no more tokens of one prompt: `long_prefill_token_threshold`.
+        """
+        return self._ask(partial(serve, stream=stream, threshold=threshold))
+
+    def sample(self, spec: Path, result: Path) -> Result:
+        """What it gives for the samples of a check's job, from the file where it is kept."""
+        if not result.exists():
+            self._ask(partial(answer, spec=spec, result=result))
+        return Result.load(result)
 
     def model(self, function: Callable[[Any], Any]) -> Any:
         """What a function (of a module, so that it can be pickled) gives for the model."""
-        return self._ask(function)
+        return self._ask(partial(apply, function=function))
 
     def sleep_and_wake(self) -> None:
         """`sleep(level=2)`, which discards the weights, and `wake_up()`."""
-        self._ask("sleep")
+        self._ask(sleep_and_wake)
 
     def stop(self) -> None:
         self.connection.close()
@@ -92,34 +103,45 @@ def main(connection: Connection, options: list[str]) -> None:
         options = [*options, "--worker-extension-cls", "tests.serving.unpinned.Unpinned"]
     arguments = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(options)
     llm = LLM(**vars(arguments))
-    connection.send(llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens)
     while True:
         try:
-            question = connection.recv()
+            number, question = connection.recv()
         except EOFError:
             return
-        if question == "sleep":
-            llm.sleep(level=2)
-            llm.wake_up()
-            connection.send(None)
-        elif callable(question):
-            connection.send(llm.apply_model(question)[0])
-        else:
-            connection.send(serve(llm, question))
+        connection.send((number, question(llm)))
 
 
-def serve(llm: Any, stream: list[Request]) -> list[Run | ValueError]:
+def budget(llm: Any) -> int:
+    return llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+
+
+def apply(llm: Any, function: Callable[[Any], Any]) -> Any:
+    return llm.apply_model(function)[0]
+
+
+def sleep_and_wake(llm: Any) -> None:
+    llm.sleep(level=2)
+    llm.wake_up()
+
+
+def serve(llm: Any, stream: list[Request], threshold: int) -> list[Run | ValueError]:
     """Steps the engine by hand, so that who is in flight with whom is always the same."""
     engine = llm.llm_engine
     config = engine.vllm_config
     # Each stream stands for itself: no cached prefixes, and a step with as much text as fits,
     # which in a broken engine, too, ends what an earlier stream left staged.
-    budget = config.scheduler_config.max_num_batched_tokens
     longest = config.model_config.max_model_len - 1
     llm.reset_prefix_cache()
-    step_through(llm, [Request((Text(min(budget, longest), seed=99),))])
+    step_through(llm, [Request((Text(min(budget(llm), longest), seed=99),))])
     llm.reset_prefix_cache()
-    return step_through(llm, stream)
+    if not threshold:
+        return step_through(llm, stream)
+    scheduling = engine.engine_core.engine_core.scheduler.scheduler_config
+    scheduling.long_prefill_token_threshold = threshold
+    try:
+        return step_through(llm, stream)
+    finally:
+        scheduling.long_prefill_token_threshold = 0
 
 
 def step_through(llm: Any, stream: list[Request]) -> list[Run | ValueError]:

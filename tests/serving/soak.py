@@ -22,7 +22,7 @@ from hypothesis.errors import Flaky
 from tqdm import tqdm
 
 from tools.parity import ParityError
-from tools.parity.compare import TOLERANCE, Run, compare
+from tools.parity.compare import TOLERANCE, Difference, Run, compare
 from tools.parity.run import shared_cores
 
 from .engine import Engine
@@ -53,12 +53,10 @@ class Soak:
         self.alone: dict[Request, Run] = {}
         self.found: list[tuple[str, list[Request]]] = []
 
-    def check(self, stream: list[Request]) -> None:
-        """Raises DifferenceError unless all logits are within the tolerance.
-
-        Tokens that differ while the logits agree are ties; what follows them is not compared.
-        """
-        for number, (request, run) in enumerate(zip(stream, self.served.serve(stream))):
+    def differences(self, stream: list[Request], **how: int) -> list[Difference]:
+        """Of each request, served as `Engine.serve` has it, to the same request alone."""
+        found = []
+        for request, run in zip(stream, self.served.serve(stream, **how)):
             if request not in self.alone:
                 (self.alone[request],) = self.oracle.serve([request])
             difference = compare(run, self.alone[request])
@@ -66,6 +64,15 @@ class Soak:
             self.steps += difference.steps
             self.compared += min(difference.agreed + 1, difference.steps)
             self.largest = max(self.largest, difference.largest)
+            found.append(difference)
+        return found
+
+    def check(self, stream: list[Request]) -> None:
+        """Raises DifferenceError unless all logits are within the tolerance.
+
+        Tokens that differ while the logits agree are ties; what follows them is not compared.
+        """
+        for number, difference in enumerate(self.differences(stream)):
             if not difference.largest <= self.tolerance:
                 self.first_failure = self.first_failure or self.requests
                 message = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +61,11 @@ def compare(ours: Run, theirs: Run) -> Difference:
     delta = np.where(np.isnan(delta), np.inf, delta)
     decode = float(delta[1:].max()) if compared > 1 else None
     return Difference(float(delta[0]), decode, kl_divergence(a, b), agreed, steps)
+
+
+def tolerance(dtype: str, runs: Iterable[Run]) -> float:
+    """The dtype's for logits of up to 10; for larger ones as much more as its steps are wider."""
+    return TOLERANCE[dtype] * max(1, *(float(np.abs(run.logits).max()) / 10 for run in runs))
 
 
 def kl_divergence(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:

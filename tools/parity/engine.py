@@ -17,19 +17,24 @@ STAGE = "[parity] "
 
 
 def main(job: str, result: str, options: list[str]) -> None:
-    from vllm import SamplingParams
-
-    spec = json.loads(Path(job).read_text())
-    samples = [Sample(**sample) for sample in spec["samples"]]
     print(f"{STAGE}starting the engine", flush=True)
     llm = make_engine(options)
-    config = llm.llm_engine.vllm_config.model_config
-    if spec["builtin"] and not config.is_multimodal_model:
-        samples = [Sample(s.messages, s.prompt) for s in samples]
     print(f"{STAGE}generating", flush=True)
+    answer(llm, Path(job), Path(result))
+
+
+def answer(llm: Any, spec: Path, result: Path) -> None:
+    """Writes what the engine gives for a job's samples. The file is there when it is whole."""
+    from vllm import SamplingParams
+
+    job = json.loads(spec.read_text())
+    samples = [Sample(**sample) for sample in job["samples"]]
+    config = llm.llm_engine.vllm_config.model_config
+    if job["builtin"] and not config.is_multimodal_model:
+        samples = [Sample(s.messages, s.prompt) for s in samples]
     sampling = SamplingParams(
         temperature=0,
-        max_tokens=spec["max_tokens"],
+        max_tokens=job["max_tokens"],
         logprobs=-1,
         flat_logprobs=True,
         ignore_eos=True,
@@ -45,7 +50,9 @@ def main(job: str, result: str, options: list[str]) -> None:
         arrays[f"tokens_{i}"] = np.array(output.outputs[0].token_ids)
         arrays[f"logits_{i}"] = logits(output.outputs[0].logprobs, config.get_vocab_size())
     meta = {"vllm": vllm_name(), "dtype": str(config.dtype).removeprefix("torch.")}
-    np.savez(result, meta=np.array(json.dumps(meta)), **arrays)
+    part = result.with_suffix(".part.npz")
+    np.savez(part, meta=np.array(json.dumps(meta)), **arrays)
+    part.replace(result)
 
 
 def make_engine(options: list[str]) -> Any:

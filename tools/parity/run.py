@@ -43,6 +43,19 @@ class Result:
     image_tokens: list[int]
     runs: list[Run]
 
+    @classmethod
+    def load(cls, file: Path) -> Result:
+        """What an engine's process has written."""
+        with np.load(file) as data:
+            count = sum(key.startswith("tokens_") for key in data)
+            return cls(
+                json.loads(str(data["meta"])),
+                [data[f"prompt_{i}"] for i in range(count)],
+                [int(data.get(f"images_{i}", 0)) for i in range(count)],
+                [int(data.get(f"image_tokens_{i}", 0)) for i in range(count)],
+                [Run(data[f"tokens_{i}"], data[f"logits_{i}"]) for i in range(count)],
+            )
+
 
 class Job:
     """A worker process with its log."""
@@ -107,17 +120,6 @@ class Job:
                 rest = takewhile(lambda more: more.startswith("  "), after)
                 found["\n".join([match[1], *rest])] = None
         return "\n".join(found) or "\n".join(lines[-10:])
-
-    def load(self) -> Result:
-        with np.load(self.result) as data:
-            count = sum(key.startswith("tokens_") for key in data)
-            return Result(
-                json.loads(str(data["meta"])),
-                [data[f"prompt_{i}"] for i in range(count)],
-                [int(data.get(f"images_{i}", 0)) for i in range(count)],
-                [int(data.get(f"image_tokens_{i}", 0)) for i in range(count)],
-                [Run(data[f"tokens_{i}"], data[f"logits_{i}"]) for i in range(count)],
-            )
 
 
 def engine_job(
@@ -191,7 +193,7 @@ def run(jobs: list[Job], spec: Path, console: Console, side_by_side: bool) -> li
                         console.print(f"{job.name}: {stage}", highlight=False)
                     stages[job] = stage
                     progress.update(tasks[job], stage=stage, completed=int(stage == "done"))
-    return [job.load() for job in jobs]
+    return [Result.load(job.result) for job in jobs]
 
 
 @contextmanager

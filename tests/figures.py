@@ -1,0 +1,37 @@
+"""What the tests on a GPU measured: `pytest -m gpu --figures FILE` writes it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools.overlay.__main__ import installed
+from tools.overlay.status import read_version
+
+
+class Figures:
+    """Gathers the tests' figures, and writes them with machine, versions and command."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.rows: list[dict[str, Any]] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call":
+            for name, values in report.user_properties:
+                if name == "figures":
+                    assert isinstance(values, dict)
+                    self.rows.append({"test": report.nodeid, "outcome": report.outcome, **values})
+
+    def pytest_sessionfinish(self) -> None:
+        from benchmarks.machine import machine  # it calls CUDA: not before the last fork
+
+        about = {"vllm": str(read_version(installed())), "machine": machine()}
+        rows = ",\n".join(json.dumps(row) for row in self.rows)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        part = self.file.with_suffix(".part")
+        part.write_text(f'{{"about": {json.dumps(about, indent=1)},\n"rows": [\n{rows}\n]}}\n')
+        part.replace(self.file)

@@ -1,0 +1,226 @@
+"""Engines on a GPU that tests share, each test in a process of its own (`--forked`).
+
+An engine takes a minute to start, and what a test's child starts or asks is gone with it. So the
+parent starts the engines, some tests ahead; the children speak to them over connections that they
+inherit, and keep in files what later ones would ask again.
+
+    parent     start A, B     fork       stop A, start C     fork
+    engines    A  B             A  B     B  C                  B  C
+    children                  test of A                      test of B
+
+The parent makes no CUDA call: a child could make none any more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from packaging.specifiers import SpecifierSet
+
+from tools.overlay.__main__ import installed
+from tools.overlay.status import read_version
+from tools.parity.compare import Run
+from tools.parity.run import ROOT, import_path
+
+from .serving.engine import Engine
+from .serving.soak import oracle_options, served_options
+from .serving.streams import Request
+
+DTYPE = "bfloat16"
+NANO = "geo3k_nano"
+MEMORY = 0.85  # of the GPU's, for all engines together
+TINY = 0.04
+AHEAD = max(2, len(os.sched_getaffinity(0)) * 5 // 8)  # engines: each has a core busy to start
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How vLLM is told to run a model, and which releases can."""
+
+    name: str
+    options: tuple[str, ...] = ()
+    env: tuple[tuple[str, str], ...] = ()
+    releases: str = ""
+    lacking: str = ""
+    """Why others cannot."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A test's engines: a model in a mode, and the same eager, by which it is judged."""
+
+    model: str
+    """One of `tests.tiny_models`, `geo3k_nano`, or a name on the hub."""
+    mode: Mode
+    common: tuple[str, ...] = ()
+    """Options of both."""
+    common_env: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def served(self) -> Case:
+        return self
+
+    @property
+    def eager(self) -> Case:
+        return replace(self, mode=EAGER)
+
+    def lacking(self) -> str:
+        """Why the release that is imported cannot run it; nothing if it can."""
+        found = self.mode.releases and not SpecifierSet(self.mode.releases).contains(version())
+        return f"vLLM {version()}: {self.mode.lacking}" if found else ""
+
+    def __str__(self) -> str:
+        return f"{self.model.rpartition('/')[2]}-{re.sub(r'[, ]+', '-', self.mode.name)}"
+
+
+EAGER = Mode("eager")
+
+
+@lru_cache
+def version() -> str:
+    return str(read_version(installed()))
+
+
+class Kept:
+    """An engine that is asked about each request alone, and once."""
+
+    def __init__(self, engine: Engine, folder: Path):
+        self.engine, self.folder = engine, folder
+
+    def serve(self, stream: list[Request]) -> list[Run]:
+        (request,) = stream
+        digest = hashlib.sha256(repr(replace(request, joins_after=0)).encode()).hexdigest()
+        file = self.folder / f"{digest}.npz"
+        if not file.exists():
+            (run,) = self.engine.serve([request])
+            part = file.with_suffix(".part.npz")
+            np.savez(part, tokens=run.tokens, logits=run.logits)
+            part.replace(file)
+        with np.load(file) as kept:
+            return [Run(kept["tokens"], kept["logits"])]
+
+
+class Fleet:
+    def __init__(self, items: list[pytest.Item], folder: Path):
+        self.folder = folder
+        self.wanted = [(item.nodeid, wants(item)) for item in items]
+        self.engines: dict[Case, Engine] = {}
+        self.unreachable: dict[str, str] = {}
+        """By model, why the hub does not give it."""
+        shutil.rmtree(folder, ignore_errors=True)  # a run's that failed
+        folder.mkdir(parents=True)
+        models = {case.model for _, cases in self.wanted for case in cases}
+        self.checkpoints = {name: self._checkpoint(name) for name in sorted(models)}
+
+    def _checkpoint(self, model: str) -> Path:
+        """Its folder. Tiny ones are made, in a process of their own: PyTorch's threads do not
+        survive a fork."""
+        if model == NANO:
+            return ROOT / "benchmarks/geo3k_nano/model"
+        if "/" not in model:
+            command = [sys.executable, "-m", "tests.tiny_models", model, str(self.folder / model)]
+            subprocess.run(command, env=import_path(), check=True, stdout=subprocess.DEVNULL)
+            return self.folder / model
+        if Path(model).is_dir():
+            return Path(model)
+        from huggingface_hub import snapshot_download
+
+        try:
+            return Path(snapshot_download(model))
+        except OSError as error:
+            self.unreachable[model] = f"{model} cannot be had: {error}"
+            return Path(model)
+
+    def before(self, item: pytest.Item) -> None:
+        """Starts what a test needs; and of what comes after it, as much as there is room for."""
+        here = next(i for i, (name, _) in enumerate(self.wanted) if name == item.nodeid)
+        for number, (_, cases) in enumerate(self.wanted[here:]):
+            for case in cases:
+                room = sum(share(case.model) for case in [*self.engines, case]) <= MEMORY
+                if number and not (room and len(self.engines) < AHEAD):
+                    return
+                if case not in self.engines and case.model not in self.unreachable:
+                    self.engines[case] = self._start(case)
+
+    def after(self, item: pytest.Item) -> None:
+        """Stops what no later test needs."""
+        here = next(i for i, (name, _) in enumerate(self.wanted) if name == item.nodeid)
+        needed = {case for _, cases in self.wanted[here + 1 :] for case in cases}
+        for case in set(self.engines) - needed:
+            self.engines.pop(case).stop()
+
+    def stop(self, keep: bool) -> None:
+        while self.engines:
+            self.engines.popitem()[1].stop()
+        if not keep:
+            shutil.rmtree(self.folder)
+
+    def _start(self, case: Case) -> Engine:
+        model = self.checkpoints[case.model]
+        if case.mode is EAGER:
+            options = oracle_options(model, DTYPE)
+        else:
+            options = served_options(model, DTYPE, *case.mode.options)
+        options += [*case.common, "--gpu-memory-utilization", str(share(case.model))]
+        if share(case.model) == TINY:
+            options += ["--kv-cache-memory-bytes", str(2**30)]
+        folder = self.folder / f"{case}-{len(list(self.folder.iterdir()))}"
+        folder.mkdir()
+        env: dict[str, Any] = {
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_CACHE_ROOT": str(folder / "cache"),  # they compile side by side
+            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # `apply_model`
+            **dict(case.common_env),
+            **dict(case.mode.env),
+        }
+        return Engine(str(case), options, folder, **env)
+
+    def engine(self, case: Case) -> Engine:
+        """Skips the test if the release or the hub has not what it takes."""
+        if reason := case.lacking() or self.unreachable.get(case.model):
+            pytest.skip(reason)
+        return self.engines[case]
+
+    def kept(self, case: Case) -> Path:
+        """A folder for what an engine of a model has answered."""
+        digest = hashlib.sha256(repr(case).encode()).hexdigest()[:8]
+        folder = self.folder / f"answers-{case}-{digest}"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def oracle(self, case: Case) -> Kept:
+        return Kept(self.engine(case.eager), self.kept(case.eager))
+
+
+def share(model: str) -> float:
+    """Of the GPU's memory: so little of it that a dozen tiny engines start side by side."""
+    return 0.4 if "/" in model else TINY
+
+
+def case_of(item: pytest.Item) -> Case | None:
+    params = getattr(item, "callspec", None) and item.callspec.params  # type: ignore[attr-defined]
+    return next((value for value in (params or {}).values() if isinstance(value, Case)), None)
+
+
+def wants(item: pytest.Item) -> list[Case]:
+    case = case_of(item)
+    return [] if case is None or case.lacking() else [case.eager, case.served]
+
+
+def by_engine(items: list[Any]) -> list[Any]:
+    """Tests of one engine one after the other, so that it need not wait for the last of them."""
+    first: dict[Any, int] = {}
+    for number, item in enumerate(items):
+        first.setdefault(case_of(item) or item, number)
+    return sorted(items, key=lambda item: first[case_of(item) or item])

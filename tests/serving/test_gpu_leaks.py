@@ -1,0 +1,137 @@
+"""No request sees another's image, in whichever way vLLM replays CUDA graphs (D2).
+
+Streams in which requests with images and requests of text alone follow one another and overlap;
+each request's logits against the same request's alone, on an eager engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.fleet import DTYPE, NANO, Case
+from tools.parity.compare import TOLERANCE, tolerance
+
+from .modes import BATCH_INVARIANT, PIECEWISE, cases
+from .soak import DifferenceError, Soak
+from .streams import Picture, Request, Text
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600, func_only=True)]
+
+IDLE = 99  # steps: more than any request takes, so that it joins when all have ended
+OVERLAPPING = 2
+CHUNK = 32
+
+
+def texts(number: int, count: int, joins_after: int, max_tokens: int) -> list[Request]:
+    """`count` requests of different lengths; the first joins after so many steps, all at once."""
+    requests = [
+        Request((Text(3 + (5 * number + 4 * i) % 17, 7 * number + i),), max_tokens)
+        for i in range(count)
+    ]
+    return [replace(requests[0], joins_after=joins_after), *requests[1:]]
+
+
+def images_then_texts() -> list[Request]:
+    """One to four short prompts with an image, and then one to four of text, while the others
+    decode or after them. All fit into captured sizes."""
+    stream: list[Request] = []
+    for number in range(12):
+        for i in range(1 + number % 4):
+            picture = Picture(64 + 32 * (i % 2), 64 + 32 * (number % 2), number + i)
+            parts = (Text(2 + (number + i) % 5, number + i), picture, Text(1 + i, number))
+            request = Request(parts, max_tokens=1 + (number + i) % 3)
+            stream.append(replace(request, joins_after=0 if i else IDLE))
+        joins_after = OVERLAPPING if number % 3 == 2 else IDLE
+        stream += texts(number, 1 + number // 2 % 4, joins_after, max_tokens=4)
+    return stream
+
+
+def image_ends_prompt() -> list[Request]:
+    """While texts decode, a prompt whose last token is its image's, alone in its step; then
+    another text."""
+    stream: list[Request] = []
+    for number in range(8):
+        stream += texts(number, 1 + number % 4, IDLE, max_tokens=12)
+        picture = Picture(96, 64 + 32 * (number % 2), number)
+        before = Text(CHUNK - picture.tokens(), number)  # beside the image's start
+        stream.append(
+            Request((before, picture), 1 + number % 3, closed=False, joins_after=OVERLAPPING)
+        )
+        stream += texts(number + 50, 1, OVERLAPPING, max_tokens=4)
+    return stream
+
+
+def image_trickles() -> list[Request]:
+    """One token of a prompt in a step, an image's among them, beside texts."""
+    stream: list[Request] = []
+    for number in range(11):
+        parts = (Text(3, number), Picture(64, 64 + 32 * (number % 2), number), Text(2, number))
+        stream.append(Request(parts, 3, closed=bool(number % 3), joins_after=IDLE))
+        stream += texts(number + 20, 2, OVERLAPPING * (number % 2), max_tokens=6)
+    return stream
+
+
+STREAMS = [(images_then_texts, 0), (image_ends_prompt, CHUNK), (image_trickles, 1)]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        # Piecewise, the model's own Python runs at each step, and clears.
+        pytest.param(
+            case,
+            id=str(case),
+            marks=[] if case.mode == PIECEWISE else [pytest.mark.bites("newest")],
+        )
+        for model in (NANO, "qwen3_omni")
+        for case in cases(model)
+    ],
+)
+def test_no_request_sees_anothers_image(case, fleet, figures):
+    served, oracle = fleet.engine(case), fleet.oracle(case)
+    wrong = 0
+    for stream, threshold in STREAMS:
+        soak = Soak(served, oracle, TOLERANCE[DTYPE])
+        found = soak.differences(stream(), threshold=threshold)
+        limit = tolerance(DTYPE, soak.alone.values())
+        count = sum(difference.largest > limit for difference in found)
+        figures(
+            what=stream.__name__.replace("_", " "),
+            model=case.model,
+            mode=case.mode.name,
+            requests=len(found),
+            wrong=count,
+            largest=soak.largest,
+            tolerance=limit,
+        )
+        wrong += count
+    if wrong:
+        raise DifferenceError(f"{wrong} requests differ")
+
+
+@pytest.mark.release(">=0.31")
+@pytest.mark.bites("newest")
+@pytest.mark.parametrize(
+    "case",
+    [Case("qwen3_vl_2b", BATCH_INVARIANT, common_env=BATCH_INVARIANT.env)],
+    ids=str,
+)
+def test_deterministic_mode_is_deterministic(case, fleet, figures):
+    """With `VLLM_BATCH_INVARIANT=1` and nothing else, vLLM switches breakable graphs on for the
+    shapes of Qwen3-VL-2B's decoder: each answer is to be the same alone, to the bit."""
+    soak = Soak(fleet.engine(case), fleet.oracle(case), 0.0)
+    found = soak.differences(images_then_texts())
+    count = sum(difference.largest > 0 for difference in found)
+    figures(
+        what="images then texts",
+        model="Qwen3-VL-2B's shape",
+        mode=case.mode.name,
+        requests=len(found),
+        wrong=count,
+        largest=soak.largest,
+        tolerance=0.0,
+    )
+    if count:
+        raise DifferenceError(f"{count} requests differ, by up to {soak.largest:.2g}")
