@@ -50,13 +50,24 @@ CORPUS = [
     "which angle of the shape is the largest",
     "find the area",
 ]
+PATCHES: dict[str, Any] = {"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2}
 # 4 to 64 image tokens of 32x32 pixels.
-PIXELS: dict[str, Any] = {
-    "patch_size": 16,
-    "merge_size": 2,
-    "temporal_patch_size": 2,
-    "min_pixels": 4 * 32**2,
-    "max_pixels": 64 * 32**2,
+PIXELS = PATCHES | {"min_pixels": 4 * 32**2, "max_pixels": 64 * 32**2}
+HALF: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+QWEN_TOKENS = {
+    "image_token_id": "image_token",
+    "video_token_id": "video_token",
+    "vision_start_token_id": "vision_bos_token",
+    "vision_end_token_id": "vision_eos_token",
+}
+# Each token goes to all experts: a choice of some would turn a rounding error into a jump.
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": HIDDEN // 2,
+    "decoder_sparse_step": 1,
+    "norm_topk_prob": True,
+    "mlp_only_layers": [],
 }
 
 
@@ -101,19 +112,19 @@ def qwen3_vl(out: Path, seed: int = 0, decoder: Any = text_config) -> Path:
     config = transformers.Qwen3VLConfig(
         text_config=text,
         vision_config=vision_config(text["hidden_size"]),
-        **token_ids(
-            tokenizer,
-            image_token_id="image_token",
-            video_token_id="video_token",
-            vision_start_token_id="vision_bos_token",
-            vision_end_token_id="vision_eos_token",
-        ),
+        **token_ids(tokenizer, **QWEN_TOKENS),
     )
-    model = transformers.Qwen3VLForConditionalGeneration(config).float()
+    return write_qwen(transformers.Qwen3VLForConditionalGeneration(config), tokenizer, out, seed)
+
+
+def write_qwen(
+    model: Any, tokenizer: transformers.PreTrainedTokenizerFast, out: Path, seed: int
+) -> Path:
+    model.float()
     draw_weights(model, seed)
     model.save_pretrained(out)
-    images = transformers.Qwen2VLImageProcessor(**PIXELS, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    videos = transformers.Qwen3VLVideoProcessor(patch_size=16, merge_size=2, temporal_patch_size=2)
+    images = transformers.Qwen2VLImageProcessor(**PIXELS, **HALF)
+    videos = transformers.Qwen3VLVideoProcessor(**PATCHES)
     Qwen3VLProcessor(images, tokenizer, videos, chat_template=CHAT_TEMPLATE).save_pretrained(out)
     return out
 
@@ -121,15 +132,6 @@ def qwen3_vl(out: Path, seed: int = 0, decoder: Any = text_config) -> Path:
 def qwen3_omni(out: Path, seed: int = 0) -> Path:
     """The thinker, in a checkpoint of the whole model's layout."""
     tokenizer = make_tokenizer()
-    # Each token goes to all experts: a choice of some would turn a rounding error into a jump.
-    experts = {
-        "num_experts": 4,
-        "num_experts_per_tok": 4,
-        "moe_intermediate_size": HIDDEN // 2,
-        "decoder_sparse_step": 1,
-        "norm_topk_prob": True,
-        "mlp_only_layers": [],
-    }
     audio = {
         "d_model": HIDDEN,
         "output_dim": HIDDEN,
@@ -146,17 +148,14 @@ def qwen3_omni(out: Path, seed: int = 0) -> Path:
     config = transformers.Qwen3OmniMoeConfig(
         enable_audio_output=False,
         thinker_config={
-            "text_config": text_config(tokenizer) | experts,
+            "text_config": text_config(tokenizer) | EXPERTS,
             "vision_config": vision_config() | {"image_size": 256, "apply_vit_abs_pos_embed": True},
             "audio_config": audio,
             "position_id_per_seconds": 13,
             **token_ids(
                 tokenizer,
-                image_token_id="image_token",
-                video_token_id="video_token",
+                **QWEN_TOKENS,
                 audio_token_id="audio_token",
-                vision_start_token_id="vision_bos_token",
-                vision_end_token_id="vision_eos_token",
                 audio_start_token_id="audio_bos_token",
                 audio_end_token_id="audio_eos_token",
             ),
@@ -173,15 +172,121 @@ def qwen3_omni(out: Path, seed: int = 0) -> Path:
     config.architectures = ["Qwen3OmniMoeForConditionalGeneration"]
     config.save_pretrained(out)
     Qwen3OmniMoeProcessor(
-        image_processor=transformers.Qwen2VLImageProcessor(
-            **PIXELS, image_mean=[0.5] * 3, image_std=[0.5] * 3
-        ),
-        video_processor=transformers.Qwen2VLVideoProcessor(
-            patch_size=16, merge_size=2, temporal_patch_size=2
-        ),
+        image_processor=transformers.Qwen2VLImageProcessor(**PIXELS, **HALF),
+        video_processor=transformers.Qwen2VLVideoProcessor(**PATCHES),
         feature_extractor=transformers.WhisperFeatureExtractor(feature_size=128),
         tokenizer=tokenizer,
         chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(out)
+    return out
+
+
+def qwen3_vl_moe(out: Path, seed: int = 0) -> Path:
+    tokenizer = make_tokenizer()
+    config = transformers.Qwen3VLMoeConfig(
+        text_config=text_config(tokenizer) | EXPERTS | {"moe_intermediate_size": 96},
+        vision_config=vision_config(),
+        **token_ids(tokenizer, **QWEN_TOKENS),
+    )
+    write_qwen(transformers.Qwen3VLMoeForConditionalGeneration(config), tokenizer, out, seed)
+    # Of experts, released checkpoints have inputs before outputs; `save_pretrained` has not.
+    tensors = load_file(out / "model.safetensors")
+    for name in [name for name in tensors if ".mlp.experts." in name]:
+        tensors[name] = tensors[name].transpose(1, 2).contiguous()
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def cohere_compass(out: Path, seed: int = 0) -> Path:
+    """Two of its four layers attend to a window; two have no positions."""
+    from transformers.models.cohere_compass import CohereCompassProcessor
+
+    upper = {attribute: token.upper() for attribute, token in SPECIAL.items()}
+    template = CHAT_TEMPLATE
+    for token in SPECIAL.values():
+        template = template.replace(token, token.upper())
+    tokenizer = byte_level_bpe(CORPUS * 5, 400, upper, template)
+    text = text_config(tokenizer)
+    rope = text.pop("rope_scaling") | {"rope_theta": text.pop("rope_theta")}
+    text.pop("head_dim")
+    layers = ["sliding_attention", "full_attention"]
+    config = transformers.CohereCompassConfig(
+        text_config=text
+        | {
+            "tie_word_embeddings": True,
+            "layer_types": layers * 2,
+            "sliding_window": 64,
+            "logit_scale": 1.0,
+        }
+        | {"rope_parameters": {"sliding_attention": rope, "full_attention": None}},
+        vision_config=vision_config(),
+        tie_word_embeddings=True,
+        **{
+            field: tokenizer.convert_tokens_to_ids(upper[name])
+            for field, name in QWEN_TOKENS.items()
+        },
+    )
+    model = transformers.CohereCompassForConditionalGeneration(config).float()
+    draw_weights(model, seed)
+    model.save_pretrained(out)
+    images = transformers.CohereCompassImageProcessor(**PIXELS, **HALF)
+    videos = transformers.CohereCompassVideoProcessor(**PATCHES)
+    processor = CohereCompassProcessor(images, tokenizer, videos, chat_template=template)
+    processor.save_pretrained(out)
+    return out
+
+
+def granite4_vision(out: Path, seed: int = 0) -> Path:
+    """Four levels for four layers: two of encoder layers, two of spatial offsets."""
+    tokenizer = make_tokenizer()
+    text = text_config(tokenizer)
+    rope = {"rope_type": "default", "rope_theta": text.pop("rope_theta")}
+    for other in ("rope_scaling", "head_dim"):
+        text.pop(other)
+    vision = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4}
+    config = transformers.Granite4VisionConfig(
+        text_config=text | {"model_type": "granite4_vision_text", "rope_parameters": rope},
+        vision_config=vision
+        | {"model_type": "siglip_vision_model", "num_hidden_layers": 2}
+        | {"image_size": 64, "patch_size": 16},
+        qformer_config={"model_type": "blip_2_qformer", "num_hidden_layers": 1}
+        | {"hidden_size": 128, "intermediate_size": 3072, "encoder_hidden_size": 128}
+        | {"num_attention_heads": 2, "cross_attention_frequency": 1},
+        image_token_index=tokenizer.convert_tokens_to_ids(SPECIAL["image_token"]),
+        image_grid_pinpoints=[[64, 64], [64, 128], [128, 64]],
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+        downsample_rate="1/2",
+        deepstack_layer_map=[[-1, 0], [-2, 1]],
+        use_spatial_sampling=True,
+        spatial_vision_layer=-1,
+        spatial_target_layers=[1, 2, 3, 3],
+    )
+    model = transformers.Granite4VisionForConditionalGeneration(config).float()
+    draw_weights(model, seed)
+    model.save_pretrained(out)
+    tensors = load_file(out / "model.safetensors")  # with the names of released checkpoints
+    tensors = {
+        name.replace(".vision_tower.", ".vision_tower.vision_model."): tensor
+        for name, tensor in tensors.items()
+    }
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    from transformers.models.granite4_vision import Granite4VisionProcessor
+
+    images = transformers.LlavaNextImageProcessor(
+        size={"height": 64, "width": 64},
+        crop_size={"height": 64, "width": 64},
+        image_grid_pinpoints=config.image_grid_pinpoints,
+        image_mean=HALF["image_mean"],
+        image_std=HALF["image_std"],
+    )
+    Granite4VisionProcessor(
+        images,
+        tokenizer,
+        patch_size=16,
+        vision_feature_select_strategy="full",
+        downsample_rate="1/2",
+        chat_template=CHAT_TEMPLATE.replace("<|vision_start|>", "").replace("<|vision_end|>", ""),
     ).save_pretrained(out)
     return out
 
@@ -191,16 +296,20 @@ def qwen3_vl_2b(out: Path, seed: int = 0) -> Path:
 
 
 MODELS = {"qwen3_vl": qwen3_vl, "qwen3_omni": qwen3_omni}
-LARGER = {"qwen3_vl_2b": qwen3_vl_2b}
-"""Of 1.2 GB."""
+OTHERS = {
+    "qwen3_vl_moe": qwen3_vl_moe,
+    "cohere_compass": cohere_compass,
+    "granite4_vision": granite4_vision,
+    "qwen3_vl_2b": qwen3_vl_2b,  # of 1.2 GB
+}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         prog="python -m tests.tiny_models", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("model", choices=MODELS | LARGER)
+    parser.add_argument("model", choices=MODELS | OTHERS)
     parser.add_argument("out", type=Path)
     parser.add_argument("seed", type=int, nargs="?", default=0)
     args = parser.parse_args()
-    print((MODELS | LARGER)[args.model](args.out, args.seed))
+    print((MODELS | OTHERS)[args.model](args.out, args.seed))

@@ -96,6 +96,13 @@ class Embeds:
         return 0.1 * torch.randn(self.tokens, hidden_size, generator=generator)
 
 
+def marks(tokenizer: Any, modality: str) -> list[int]:
+    """Tokens of a modality, which Cohere Compass spells in capitals."""
+    known = tokenizer.get_vocab()
+    names = [mark if mark in known else mark.upper() for mark in MARKS[modality]]
+    return tokenizer.convert_tokens_to_ids(names)
+
+
 @dataclass(frozen=True)
 class Request:
     parts: tuple[Text | Picture | Video | Audio | Embeds, ...]
@@ -120,10 +127,10 @@ class Request:
                 ids.append(EMBEDS_TOKEN)
                 embeds.append(part.content(hidden_size))
             elif self.bare:
-                ids.append(tokenizer.convert_tokens_to_ids(MARKS[part.modality][1]))
+                ids.append(marks(tokenizer, part.modality)[1])
                 data.setdefault(part.modality, []).append(part.content())
             else:
-                ids += tokenizer.convert_tokens_to_ids(list(MARKS[part.modality]))
+                ids += marks(tokenizer, part.modality)
                 data.setdefault(part.modality, []).append(part.content())
         if not (self.closed or self.bare or isinstance(self.parts[-1], (Text, Embeds))):
             ids.pop()

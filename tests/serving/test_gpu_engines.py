@@ -36,6 +36,12 @@ def chunks(tokens: int) -> tuple[str, str]:
 SLEEPING = Mode("sleeping", ("--enable-sleep-mode",))
 NO_VISION = Mode("no vision", ("--limit-mm-per-prompt", '{"image": 0, "video": 0}'))
 WHOLE_MODEL = Mode("whole model", ("--compilation-config", json.dumps({"mode": 1}), UNCACHED))
+SYNC_CHECK = Mode(
+    "sync check",
+    env=(("VLLM_GPU_SYNC_CHECK", "error"),),
+    releases=">=0.25",
+    lacking="VLLM_GPU_SYNC_CHECK came with 0.25.0",
+)
 CHUNKS_OF_64 = Mode("chunks of 64", (*chunks(64), UNCACHED))
 SOAKED = {
     Mode("chunks of 32", (*chunks(32), CACHED)): PROMPT_EMBEDS,
@@ -93,6 +99,12 @@ TEXT = Request((Text(12, 3),), max_tokens=8, joins_after=99)  # alone: nothing r
 def test_images_count(soak):
     """D1; and D8, without which Qwen3-Omni does not start on a Hopper."""
     soak.check([IMAGE, IMAGES, TEXT, IMAGES, IMAGE])
+
+
+@on(SYNC_CHECK)
+def test_no_step_waits_for_the_gpu(soak):
+    """An engine ends where the host waits in a step."""
+    soak.check([IMAGE, IMAGES, TEXT, IMAGE])
 
 
 @on(CHUNKS_OF_64, "pr43617", models=["qwen3_vl"])
