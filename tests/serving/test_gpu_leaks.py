@@ -48,32 +48,28 @@ def images_then_texts() -> list[Request]:
     return stream
 
 
-def image_ends_prompt() -> list[Request]:
+def image_ends_prompt(closed: bool) -> list[Request]:
     """While texts decode, a prompt whose last token is its image's, alone in its step; then
-    another text."""
+    another text. Closed, the image's end mark is beside it."""
     stream: list[Request] = []
     for number in range(8):
         stream += texts(number, 1 + number % 4, IDLE, max_tokens=12)
         picture = Picture(96, 64 + 32 * (number % 2), number)
         before = Text(CHUNK - picture.tokens(), number)  # beside the image's start
-        stream.append(
-            Request((before, picture), 1 + number % 3, closed=False, joins_after=OVERLAPPING)
-        )
+        stream.append(Request((before, picture), 1 + number % 3, closed, joins_after=OVERLAPPING))
         stream += texts(number + 50, 1, OVERLAPPING, max_tokens=4)
     return stream
 
 
-def image_trickles() -> list[Request]:
+def image_trickles(closed: bool) -> list[Request]:
     """One token of a prompt in a step, an image's among them, beside texts."""
     stream: list[Request] = []
     for number in range(11):
-        parts = (Text(3, number), Picture(64, 64 + 32 * (number % 2), number), Text(2, number))
-        stream.append(Request(parts, 3, closed=bool(number % 3), joins_after=IDLE))
+        picture = Picture(64, 64 + 32 * (number % 2), number)
+        parts = (Text(3, number), picture, *[Text(2, number)][: number % 3])
+        stream.append(Request(parts, 3, closed, joins_after=IDLE))
         stream += texts(number + 20, 2, OVERLAPPING * (number % 2), max_tokens=6)
     return stream
-
-
-STREAMS = [(images_then_texts, 0), (image_ends_prompt, CHUNK), (image_trickles, 1)]
 
 
 @pytest.mark.parametrize(
@@ -91,14 +87,20 @@ STREAMS = [(images_then_texts, 0), (image_ends_prompt, CHUNK), (image_trickles, 
 )
 def test_no_request_sees_anothers_image(case, fleet, figures):
     served, oracle = fleet.engine(case), fleet.oracle(case)
+    # A prompt that ends in a placeholder ends an Omni engine as released, before it leaks (D12).
+    closed = case.model == "qwen3_omni"
     wrong = 0
-    for stream, threshold in STREAMS:
+    for what, stream, threshold in (
+        ("images then texts", images_then_texts(), 0),
+        ("image ends prompt", image_ends_prompt(closed), CHUNK),
+        ("image trickles", image_trickles(closed), 1),
+    ):
         soak = Soak(served, oracle, TOLERANCE[DTYPE])
-        found = soak.differences(stream(), threshold=threshold)
+        found = soak.differences(stream, threshold=threshold)
         limit = tolerance(DTYPE, soak.alone.values())
         count = sum(difference.largest > limit for difference in found)
         figures(
-            what=stream.__name__.replace("_", " "),
+            what=what,
             model=case.model,
             mode=case.mode.name,
             requests=len(found),
