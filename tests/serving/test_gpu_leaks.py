@@ -66,7 +66,8 @@ def image_trickles(closed: bool) -> list[Request]:
     stream: list[Request] = []
     for number in range(11):
         picture = Picture(64, 64 + 32 * (number % 2), number)
-        parts = (Text(3, number), picture, *[Text(2, number)][: number % 3])
+        after = (Text(2, number),) if number % 3 else ()
+        parts = (Text(3, number), picture, *after)
         stream.append(Request(parts, 3, closed, joins_after=IDLE))
         stream += texts(number + 20, 2, OVERLAPPING * (number % 2), max_tokens=6)
     return stream
