@@ -32,10 +32,13 @@ GPU_PY := $(GPU)/bin/python
 TESTS := tests
 FIGURES = build/figures/$(RELEASE)$(if $(BITES),-as-released).json
 SPEED := benchmarks.speed
-VLLMS := --vllm stock=$(CUDA)/stock pr43617=$(CUDA)/pr43617 fork=$(CUDA)/fork
-SERVED := --eager fork --gpu-memory-utilization 0.1
+SERVING = -m $(SPEED).serving --model qwen3_vl_8b --vllm stock=$(CUDA)/stock fork=$(CUDA)/fork \
+	--gpu-memory-utilization 0.1 --kv-cache-memory-bytes 8589934592
+OLD := 0.20.% 0.21.% 0.22.%
+BREAKABLE := $(filter-out $(OLD) 0.23.%,$(RELEASE))
+PR43617 := $(filter $(OLD),$(RELEASE))
 
-.PHONY: help wheel install overlay pr parity geo3k bench bench-tools bench-gpu test test-fast test-unit test-engines test-optional test-gpu test-two-gpus release pipeline lint clean
+.PHONY: help wheel install overlay pr parity geo3k bench bench-tools bench-gpu bench-staging test test-fast test-unit test-engines test-optional test-gpu test-two-gpus release pipeline lint clean
 
 help:
 	@echo 'make wheel      build the fork: a vllm wheel in dist/ (VLLM_TARGET_DEVICE=cpu|cuda)'
@@ -118,11 +121,15 @@ $(CUDA)/fork $(CUDA)/pr43617: | $(CUDA)/stock
 	.venv/bin/python -m tools.overlay apply $@.part $(if $(filter %pr43617,$@),--overlay tests/pr43617)
 	mv $@.part $@
 
-bench-gpu: $(GPU)/vllm $(CUDA)/fork $(CUDA)/pr43617
-	$(GPU_PY) -m $(SPEED).deepstack $(wordlist 1,1,$(VLLMS)) $(wordlist 3,4,$(VLLMS)) --output-dir build/speed
-	$(GPU_PY) -m $(SPEED).serving --model qwen3_vl_2b $(VLLMS) $(SERVED) --kv-cache-memory-bytes 6442450944 --starts 2 --output-dir build/speed
-	$(GPU_PY) -m $(SPEED).serving --model qwen3_vl_8b $(VLLMS) $(SERVED) --kv-cache-memory-bytes 8589934592 --output-dir build/speed
-	$(GPU_PY) -m $(SPEED).serving --model qwen3_omni $(VLLMS) $(SERVED) --kv-cache-memory-bytes 3221225472 --mm-encoder-attn-backend TORCH_SDPA --output-dir build/speed
+bench-gpu: $(GPU)/vllm $(CUDA)/fork
+	$(GPU_PY) $(SERVING) --output-dir build/speed/$(RELEASE)
+	$(if $(BREAKABLE),VLLM_USE_BREAKABLE_CUDAGRAPH=1 $(GPU_PY) $(SERVING) \
+		--output-dir build/speed/$(RELEASE)-breakable)
+	$(if $(PR43617),$(MAKE) RELEASE=$(RELEASE) bench-staging)
+
+bench-staging: $(GPU)/vllm $(CUDA)/fork $(CUDA)/pr43617
+	$(GPU_PY) -m $(SPEED).deepstack --vllm stock=$(CUDA)/stock pr43617=$(CUDA)/pr43617 \
+		fork=$(CUDA)/fork --output-dir build/speed
 
 lint: $(VENV)/tools
 	$(VENV)/bin/ruff check .

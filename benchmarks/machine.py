@@ -16,7 +16,7 @@ PACKAGES = ("vllm", "torch", "transformers", "numpy", "pillow")
 
 
 def machine() -> dict[str, Any]:
-    """Hardware, versions and the command line."""
+    """Hardware, versions, vLLM's variables and the command line."""
     return {
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
@@ -24,6 +24,11 @@ def machine() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := installed(name))},
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith("VLLM_") and "KEY" not in name
+        },
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
     }
 

@@ -9,6 +9,7 @@ wide enough that every branch of the model moves the logits (of a scale of about
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +292,49 @@ def granite4_vision(out: Path, seed: int = 0) -> Path:
     return out
 
 
+def moss_audio(out: Path, seed: int = 0) -> Path:
+    """A configuration and a tokenizer: vLLM makes the weights, with `--load-format dummy`.
+
+    Its class is vLLM's, as Transformers has none; its audio token's id is fixed, and large.
+    """
+    out.mkdir(parents=True)
+    make_tokenizer().save_pretrained(out)
+    tokens = {"audio_token_id": 151654, "audio_start_id": 151669, "audio_end_id": 151670}
+    audio = {
+        "d_model": HIDDEN,
+        "output_dim": HIDDEN,
+        "encoder_layers": 4,
+        "encoder_attention_heads": 4,
+        "encoder_ffn_dim": HIDDEN,
+        "downsample_hidden_size": 32,
+        "deepstack_encoder_layer_indexes": list(range(LEVELS)),
+    }
+    language = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": 2 * HIDDEN,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "vocab_size": 151680,
+        "max_position_embeddings": 4096,
+    }
+    config = {
+        "model_type": "moss_audio",
+        "architectures": ["MossAudioModel"],
+        "auto_map": {"AutoConfig": "configuration_moss_audio.MossAudioConfig"},
+        "audio_config": audio,
+        "language_config": language,
+        "adapter_hidden_size": HIDDEN,
+    }
+    (out / "config.json").write_text(json.dumps(config))
+    (out / "processor_config.json").write_text(json.dumps(tokens))
+    (out / "configuration_moss_audio.py").write_text(
+        "from vllm.model_executor.models.moss_audio import MossAudioConfig\n"
+    )
+    return out
+
+
 def qwen3_vl_2b(out: Path, seed: int = 0) -> Path:
     return qwen3_vl(out, seed, text_config_2b)
 
@@ -300,6 +344,7 @@ OTHERS = {
     "qwen3_vl_moe": qwen3_vl_moe,
     "cohere_compass": cohere_compass,
     "granite4_vision": granite4_vision,
+    "moss_audio": moss_audio,
     "qwen3_vl_2b": qwen3_vl_2b,  # of 1.2 GB
 }
 

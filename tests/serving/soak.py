@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,9 +54,8 @@ class Soak:
         self.alone: dict[Request, Run] = {}
         self.found: list[tuple[str, list[Request]]] = []
 
-    def differences(self, stream: list[Request], **how: int) -> list[Difference]:
+    def differences(self, stream: list[Request], **how: int) -> Iterator[Difference]:
         """Of each request, served as `Engine.serve` has it, to the same request alone."""
-        found = []
         for request, run in zip(stream, self.served.serve(stream, **how)):
             if request not in self.alone:
                 (self.alone[request],) = self.oracle.serve([request])
@@ -64,8 +64,7 @@ class Soak:
             self.steps += difference.steps
             self.compared += min(difference.agreed + 1, difference.steps)
             self.largest = max(self.largest, difference.largest)
-            found.append(difference)
-        return found
+            yield difference
 
     def check(self, stream: list[Request]) -> None:
         """Raises DifferenceError unless all logits are within the tolerance.
@@ -128,9 +127,17 @@ class Soak:
             raise died[0]
 
 
+MODALITIES = {
+    "qwen3_omni_moe": ("image", "video", "audio"),
+    "cohere_compass": ("image",),
+    "granite4_vision": ("image",),
+    "moss_audio": ("audio",),
+}
+
+
 def modalities(model: Path) -> tuple[str, ...]:
-    config = json.loads((model / "config.json").read_text())
-    return ("image", "video", "audio") if "thinker_config" in config else ("image", "video")
+    kind = json.loads((model / "config.json").read_text())["model_type"]
+    return MODALITIES.get(kind, ("image", "video"))
 
 
 def oracle_options(model: Path, dtype: str) -> list[str]:

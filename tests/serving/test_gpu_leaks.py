@@ -97,7 +97,7 @@ def test_no_request_sees_anothers_image(case, fleet, figures):
         ("image trickles", image_trickles(closed), 1),
     ):
         soak = Soak(served, oracle, TOLERANCE[DTYPE])
-        found = soak.differences(stream, threshold=threshold)
+        found = list(soak.differences(stream, threshold=threshold))
         limit = tolerance(DTYPE, soak.alone.values())
         count = sum(difference.largest > limit for difference in found)
         figures(
@@ -125,7 +125,7 @@ def test_deterministic_mode_is_deterministic(case, fleet, figures):
     """With `VLLM_BATCH_INVARIANT=1` and nothing else, vLLM switches breakable graphs on for the
     shapes of Qwen3-VL-2B's decoder: each answer is to be the same alone, to the bit."""
     soak = Soak(fleet.engine(case), fleet.oracle(case), 0.0)
-    found = soak.differences(images_then_texts())
+    found = list(soak.differences(images_then_texts()))
     count = sum(difference.largest > 0 for difference in found)
     figures(
         what="images then texts",
