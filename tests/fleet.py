@@ -30,11 +30,11 @@ from packaging.specifiers import SpecifierSet
 
 from tools.overlay.__main__ import installed
 from tools.overlay.status import read_version
-from tools.parity.compare import Run
+from tools.parity.compare import Run, tolerance
 from tools.parity.run import ROOT, import_path
 
 from .serving.engine import Engine
-from .serving.soak import oracle_options, served_options
+from .serving.soak import Soak, oracle_options, served_options
 from .serving.streams import Request
 
 DTYPE = "bfloat16"
@@ -201,6 +201,22 @@ class Fleet:
 
     def oracle(self, case: Case) -> Kept:
         return Kept(self.engine(case.eager), self.kept(case.eager))
+
+    def compare(
+        self, case: Case, stream: list[Request], limit: float | None = None, **how: int
+    ) -> dict[str, Any]:
+        """Figures of a stream, served as `Engine.serve` has it, to each of its requests alone."""
+        soak = Soak(self.engine(case), self.oracle(case), 0.0)
+        found = list(soak.differences(stream, **how))
+        limit = tolerance(DTYPE, soak.alone.values()) if limit is None else limit
+        return {
+            "model": case.model,
+            "mode": case.mode.name,
+            "requests": len(found),
+            "wrong": sum(difference.largest > limit for difference in found),
+            "largest": soak.largest,
+            "tolerance": limit,
+        }
 
 
 def share(model: str) -> float:

@@ -21,7 +21,7 @@ MODES = {
 MODELS = {
     "geo3k_nano": "Qwen3-VL",
     "qwen3_omni": "Qwen3-Omni",
-    "Qwen3-VL-2B's shape": "Qwen3-VL-2B's shape",
+    "qwen3_vl_2b": "Qwen3-VL-2B's shape",
 }
 Row = dict[str, Any]
 

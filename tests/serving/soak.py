@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import hypothesis
 from hypothesis import HealthCheck, Phase
@@ -34,12 +35,18 @@ class DifferenceError(AssertionError):
     """A request did not get what it gets alone."""
 
 
+class Oracle(Protocol):
+    """Asked about one request at a time."""
+
+    def serve(self, stream: list[Request]) -> list[Run]: ...
+
+
 @dataclass
 class Soak:
     """Compares an engine with an oracle. The oracle is asked once about each request."""
 
     served: Engine
-    oracle: Engine
+    oracle: Oracle
     tolerance: float
     requests: int = 0
     compared: int = 0

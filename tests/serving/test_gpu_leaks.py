@@ -10,11 +10,10 @@ from dataclasses import replace
 
 import pytest
 
-from tests.fleet import DTYPE, NANO, Case
-from tools.parity.compare import TOLERANCE, tolerance
+from tests.fleet import NANO, Case
 
 from .modes import BATCH_INVARIANT, PIECEWISE, cases
-from .soak import DifferenceError, Soak
+from .soak import DifferenceError
 from .streams import Picture, Request, Text
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600, func_only=True)]
@@ -87,7 +86,6 @@ def image_trickles(closed: bool) -> list[Request]:
     ],
 )
 def test_no_request_sees_anothers_image(case, fleet, figures):
-    served, oracle = fleet.engine(case), fleet.oracle(case)
     # A prompt that ends in a placeholder ends an Omni engine as released, before it leaks (D12).
     closed = case.model == "qwen3_omni"
     wrong = 0
@@ -96,20 +94,9 @@ def test_no_request_sees_anothers_image(case, fleet, figures):
         ("image ends prompt", image_ends_prompt(closed), CHUNK),
         ("image trickles", image_trickles(closed), 1),
     ):
-        soak = Soak(served, oracle, TOLERANCE[DTYPE])
-        found = list(soak.differences(stream, threshold=threshold))
-        limit = tolerance(DTYPE, soak.alone.values())
-        count = sum(difference.largest > limit for difference in found)
-        figures(
-            what=what,
-            model=case.model,
-            mode=case.mode.name,
-            requests=len(found),
-            wrong=count,
-            largest=soak.largest,
-            tolerance=limit,
-        )
-        wrong += count
+        found = fleet.compare(case, stream, threshold=threshold)
+        figures(what=what, **found)
+        wrong += found["wrong"]
     if wrong:
         raise DifferenceError(f"{wrong} requests differ")
 
@@ -124,17 +111,7 @@ def test_no_request_sees_anothers_image(case, fleet, figures):
 def test_deterministic_mode_is_deterministic(case, fleet, figures):
     """With `VLLM_BATCH_INVARIANT=1` and nothing else, vLLM switches breakable graphs on for the
     shapes of Qwen3-VL-2B's decoder: each answer is to be the same alone, to the bit."""
-    soak = Soak(fleet.engine(case), fleet.oracle(case), 0.0)
-    found = list(soak.differences(images_then_texts()))
-    count = sum(difference.largest > 0 for difference in found)
-    figures(
-        what="images then texts",
-        model="Qwen3-VL-2B's shape",
-        mode=case.mode.name,
-        requests=len(found),
-        wrong=count,
-        largest=soak.largest,
-        tolerance=0.0,
-    )
-    if count:
-        raise DifferenceError(f"{count} requests differ, by up to {soak.largest:.2g}")
+    found = fleet.compare(case, images_then_texts(), limit=0.0)
+    figures(what="images then texts", **found)
+    if found["wrong"]:
+        raise DifferenceError(f"{found['wrong']} requests differ, by up to {found['largest']:.2g}")

@@ -11,11 +11,10 @@ import torch
 from packaging.specifiers import SpecifierSet
 
 from tests.conftest import has_module
-from tests.fleet import DTYPE, Case, version
-from tools.parity.compare import TOLERANCE, tolerance
+from tests.fleet import Case, version
 
 from .modes import BREAKABLE, DEFAULT
-from .soak import DifferenceError, Soak
+from .soak import DifferenceError
 from .streams import Audio, Picture, Request, Text
 from .test_gpu_leaks import images_then_texts
 
@@ -54,21 +53,10 @@ def on(models: dict[str, tuple[str, ...]]):
 
 
 def check(fleet, case, stream, figures, what: str) -> None:
-    soak = Soak(fleet.engine(case), fleet.oracle(case), TOLERANCE[DTYPE])
-    found = list(soak.differences(stream))
-    limit = tolerance(DTYPE, soak.alone.values())
-    wrong = sum(difference.largest > limit for difference in found)
-    figures(
-        what=what,
-        model=case.model,
-        mode=case.mode.name,
-        requests=len(found),
-        wrong=wrong,
-        largest=soak.largest,
-        tolerance=limit,
-    )
-    if wrong:
-        raise DifferenceError(f"{wrong} requests differ, by up to {soak.largest:.2g}")
+    found = fleet.compare(case, stream)
+    figures(what=what, **found)
+    if found["wrong"]:
+        raise DifferenceError(f"{found['wrong']} requests differ, by up to {found['largest']:.2g}")
 
 
 @on({"qwen3_vl_moe": (), "cohere_compass": (), "granite4_vision": ()})
