@@ -7,7 +7,8 @@ RELEASE ?= $(DEFAULT)
 VENV := $(if $(filter $(DEFAULT),$(RELEASE)),.venv,build/env/$(RELEASE))
 PY := $(VENV)/bin/python
 UV := $(VENV)/bin/uv pip install --quiet --python $(PY)
-export HF_HUB_OFFLINE ?= 1
+# The GPU tests of a model or data set of the hub fetch it.
+export HF_HUB_OFFLINE ?= $(if $(GEO3K_MODEL)$(GEO3K_DATASET),0,1)
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 unexport PYTHONPATH
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from filelock import FileLock
 from hypothesis import Phase, settings
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from tools import releases
 from tools.overlay import OverlayError
@@ -28,8 +30,8 @@ def pytest_addoption(parser):
     parser.addoption(
         "--bites",
         metavar="VARIANT",
-        help="the vLLM that is imported is a broken one (stock, pr43617, 0.20.1): run the tests "
-        "that are said to fail on it, and expect each to fail",
+        help="the vLLM that is imported is a broken one (stock, pr43617, newest, 0.20.1): run the "
+        "tests that are said to fail on it, and expect each to fail",
     )
     parser.addoption("--optional", action="store_true", help="run those marked optional, too")
     parser.addoption("--figures", metavar="FILE", help="write what the tests measured as JSON")
@@ -78,26 +80,38 @@ def pytest_collection_modifyitems(config, items):
         wanted -= {item for item in items if item.get_closest_marker("optional")}
     deselect(config, items, wanted)
     if variant := config.getoption("--bites"):
-        bite = {
-            item
-            for item in items
-            if any(variant in mark.args for mark in item.iter_markers("bites"))
-        }
+        release, found = str(variants().get(variant)), str(read_version(installed()))
+        if release != found:
+            raise pytest.UsageError(f"--bites {variant} is of vLLM {release}; this is {found}")
+        bite = {item for item in items if said(item, "bites", variant)}
         for item in bite:
             if not item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.xfail(strict=True))
-        deselect(config, items, bite)
+        deselect(config, items, bite | {item for item in items if said(item, "holds", variant)})
+
+
+def variants() -> dict[str, Version]:
+    """Broken vLLMs, and the releases that they are, or are made of."""
+    default = releases.default().version
+    newest = max(releases.releases())
+    return {"stock": default, "pr43617": default, "newest": newest, "0.20.1": Version("0.20.1")}
+
+
+def said(item, marker: str, variant: str) -> bool:
+    return any(variant in mark.args for mark in item.iter_markers(marker))
 
 
 def pytest_collection_finish(session):
     """Engines on a GPU start ahead of the tests that share them: tests/fleet.py."""
     config = session.config
-    there = [i for i in session.items if i.get_closest_marker("gpu") and not missing_gpus(i)]
-    if there and not config.getoption("collectonly"):
+    gpu = [item for item in session.items if item.get_closest_marker("gpu")]
+    if any(not missing_gpus(item) for item in gpu) and not config.getoption("collectonly"):
         from tests.fleet import Fleet, by_engine
 
         session.items[:] = by_engine(session.items)
-        config.stash[FLEET] = Fleet(by_engine(there), BUILD / "gpu")
+        (BUILD / "gpu").mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="engines.", dir=BUILD / "gpu"))
+        config.stash[FLEET] = Fleet(by_engine(gpu), folder)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -106,11 +120,12 @@ def pytest_runtest_protocol(item):
     fleet = item.config.stash.get(FLEET, None)
     if fleet is None or not item.get_closest_marker("gpu"):
         return (yield)
+    failed = item.session.testsfailed
     fleet.before(item)
     try:
         return (yield)
     finally:
-        fleet.after(item)
+        fleet.after(item, failed=item.session.testsfailed > failed)
 
 
 def pytest_sessionfinish(session):
@@ -122,11 +137,15 @@ def pytest_sessionfinish(session):
 def pytest_runtest_call(item):
     """A test on a GPU fails by what it found: an engine that died is an error, on every vLLM."""
     variant = item.config.getoption("--bites")
-    if not (variant and item.get_closest_marker("gpu")):
+    if not (variant and item.get_closest_marker("gpu") and said(item, "bites", variant)):
         return (yield)
+    from tests.serving.soak import DifferenceError
+
+    # Of the classes' own tests, in whose process no engine is, any assertion.
+    expected = AssertionError if item.path.parent.name == "deepstack" else DifferenceError
     try:
         yield
-    except AssertionError as error:
+    except expected as error:
         print(f"fails on {variant}, as it should: {error}")
         return None
     pytest.fail(f"it is said to fail on {variant}, and passed")

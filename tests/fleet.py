@@ -33,6 +33,7 @@ from tools.overlay.status import read_version
 from tools.parity.compare import Run, tolerance
 from tools.parity.run import ROOT, import_path
 
+from .conftest import missing_gpus
 from .serving.engine import Engine
 from .serving.soak import Soak, oracle_options, served_options
 from .serving.streams import Request
@@ -68,23 +69,32 @@ class Case:
     common_env: tuple[tuple[str, str], ...] = ()
 
     @property
-    def served(self) -> Case:
-        return self
-
-    @property
     def eager(self) -> Case:
         return replace(self, mode=EAGER)
 
     def lacking(self) -> str:
         """Why the release that is imported cannot run it; nothing if it can."""
-        found = self.mode.releases and not SpecifierSet(self.mode.releases).contains(version())
-        return f"vLLM {version()}: {self.mode.lacking}" if found else ""
+        wanted = (self.mode.releases, self.mode.lacking), MODELS.get(self.model, ("", ""))
+        for releases, reason in wanted:
+            if releases and not SpecifierSet(releases).contains(version()):
+                return f"vLLM {version()}: {reason}"
+        return ""
 
     def __str__(self) -> str:
         return f"{self.model.rpartition('/')[2]}-{re.sub(r'[, ]+', '-', self.mode.name)}"
 
 
 EAGER = Mode("eager")
+# Models that not all releases have, and why.
+MODELS = {
+    "moss_audio": (">=0.24", "MOSS-Audio came with 0.24.0"),
+    "qwen4_exp": (">=0.29", "Qwen4-Exp came with 0.29.0"),
+    "cohere_compass": (">=0.30", "Cohere Compass came with 0.30.0"),
+    "granite4_vision": (
+        ">=0.31",
+        "Granite 4 Vision imports names that Transformers 5.10 has renamed, up to 0.30.0",
+    ),
+}
 
 
 @lru_cache
@@ -118,8 +128,8 @@ class Fleet:
         self.engines: dict[Case, Engine] = {}
         self.unreachable: dict[str, str] = {}
         """By model, why the hub does not give it."""
-        shutil.rmtree(folder, ignore_errors=True)  # a run's that failed
-        folder.mkdir(parents=True)
+        self.broken: dict[str, str] = {}
+        """By model, why there is no checkpoint otherwise."""
         models = {case.model for _, cases in self.wanted for case in cases}
         self.checkpoints = {name: self._checkpoint(name) for name in sorted(models)}
 
@@ -130,35 +140,47 @@ class Fleet:
             return ROOT / "benchmarks/geo3k_nano/model"
         if "/" not in model:
             command = [sys.executable, "-m", "tests.tiny_models", model, str(self.folder / model)]
-            subprocess.run(command, env=import_path(), check=True, stdout=subprocess.DEVNULL)
+            made = subprocess.run(command, env=import_path(), capture_output=True, text=True)
+            if made.returncode:
+                self.broken[model] = made.stderr
             return self.folder / model
         if Path(model).is_dir():
             return Path(model)
         from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
 
         try:
             return Path(snapshot_download(model))
-        except OSError as error:
+        except LocalEntryNotFoundError as error:
             self.unreachable[model] = f"{model} cannot be had: {error}"
-            return Path(model)
+        except (OSError, ValueError) as error:
+            self.broken[model] = f"{model}: no folder, and none that the hub gives: {error}"
+        return Path(model)
 
     def before(self, item: pytest.Item) -> None:
         """Starts what a test needs; and of what comes after it, as much as there is room for."""
-        here = next(i for i, (name, _) in enumerate(self.wanted) if name == item.nodeid)
-        for number, (_, cases) in enumerate(self.wanted[here:]):
+        for case in [case for case, engine in self.engines.items() if engine.ended()]:
+            self.engines.pop(case).stop()
+        for number, (_, cases) in enumerate(self.wanted[self._place(item) :]):
             for case in cases:
-                room = sum(share(case.model) for case in [*self.engines, case]) <= MEMORY
+                if case in self.engines or {case.model} & (self.unreachable | self.broken).keys():
+                    continue
+                room = sum(share(each.model) for each in [*self.engines, case]) <= MEMORY
                 if number and not (room and len(self.engines) < AHEAD):
                     return
-                if case not in self.engines and case.model not in self.unreachable:
-                    self.engines[case] = self._start(case)
+                self.engines[case] = self._start(case)
 
-    def after(self, item: pytest.Item) -> None:
-        """Stops what no later test needs."""
-        here = next(i for i, (name, _) in enumerate(self.wanted) if name == item.nodeid)
+    def after(self, item: pytest.Item, failed: bool) -> None:
+        """Stops what no later test needs, and what a test that failed may have left at work."""
+        here = self._place(item)
         needed = {case for _, cases in self.wanted[here + 1 :] for case in cases}
+        if failed:
+            needed -= set(self.wanted[here][1])
         for case in set(self.engines) - needed:
             self.engines.pop(case).stop()
+
+    def _place(self, item: pytest.Item) -> int:
+        return next(i for i, (name, _) in enumerate(self.wanted) if name == item.nodeid)
 
     def stop(self, keep: bool) -> None:
         while self.engines:
@@ -172,9 +194,10 @@ class Fleet:
             options = oracle_options(model, DTYPE)
         else:
             options = served_options(model, DTYPE, *case.mode.options)
+        # Engines that profile side by side would each count the others' memory as theirs.
+        cache = 2**30 if share(case.model) == TINY else 2**32
         options += [*case.common, "--gpu-memory-utilization", str(share(case.model))]
-        if share(case.model) == TINY:
-            options += ["--kv-cache-memory-bytes", str(2**30)]
+        options += ["--kv-cache-memory-bytes", str(cache)]
         folder = self.folder / f"{case}-{len(list(self.folder.iterdir()))}"
         folder.mkdir()
         env: dict[str, Any] = {
@@ -190,6 +213,8 @@ class Fleet:
         """Skips the test if the release or the hub has not what it takes."""
         if reason := case.lacking() or self.unreachable.get(case.model):
             pytest.skip(reason)
+        if reason := self.broken.get(case.model):
+            pytest.fail(reason)
         return self.engines[case]
 
     def kept(self, case: Case) -> Path:
@@ -231,7 +256,7 @@ def case_of(item: pytest.Item) -> Case | None:
 
 def wants(item: pytest.Item) -> list[Case]:
     case = case_of(item)
-    return [] if case is None or case.lacking() else [case.eager, case.served]
+    return [] if case is None or case.lacking() or missing_gpus(item) else [case.eager, case]
 
 
 def by_engine(items: list[Any]) -> list[Any]:

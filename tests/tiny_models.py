@@ -238,9 +238,9 @@ def cohere_compass(out: Path, seed: int = 0) -> Path:
 
 
 def granite4_vision(out: Path, seed: int = 0) -> Path:
-    """Four levels for four layers: two of encoder layers, two of spatial offsets."""
+    """A level for each of six layers: two of encoder layers, four of spatial offsets."""
     tokenizer = make_tokenizer()
-    text = text_config(tokenizer)
+    text = text_config(tokenizer) | {"num_hidden_layers": 6}
     rope = {"rope_type": "default", "rope_theta": text.pop("rope_theta")}
     for other in ("rope_scaling", "head_dim"):
         text.pop(other)
@@ -261,7 +261,7 @@ def granite4_vision(out: Path, seed: int = 0) -> Path:
         deepstack_layer_map=[[-1, 0], [-2, 1]],
         use_spatial_sampling=True,
         spatial_vision_layer=-1,
-        spatial_target_layers=[1, 2, 3, 3],
+        spatial_target_layers=[2, 3, 4, 5],
     )
     model = transformers.Granite4VisionForConditionalGeneration(config).float()
     draw_weights(model, seed)
@@ -335,6 +335,29 @@ def moss_audio(out: Path, seed: int = 0) -> Path:
     return out
 
 
+def qwen4_exp(out: Path, seed: int = 0) -> Path:
+    """A configuration, a tokenizer and a processor, as `moss_audio`: four of its layers, three
+    of them of linear attention, without n-gram tables. Transformers' class has no levels."""
+    tokenizer = make_tokenizer()
+    text = text_config(tokenizer)
+    rope = text.pop("rope_scaling") | {"rope_theta": text.pop("rope_theta")}
+    config = transformers.Qwen4ExpConfig(
+        text_config=text
+        | {"head_dim": 64, "num_experts": 4, "num_experts_per_tok": 4, "hc_lowrank": 64}
+        | {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
+        | {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+        | {"rope_parameters": rope | {"mrope_section": [16, 8, 8]}},
+        vision_config=vision_config(),
+        **token_ids(tokenizer, **QWEN_TOKENS),
+    )
+    config.architectures = ["Qwen4ExpForConditionalGeneration"]
+    config.save_pretrained(out)
+    images = transformers.Qwen2VLImageProcessor(**PIXELS, **HALF)
+    videos = transformers.Qwen3VLVideoProcessor(**PATCHES)
+    Qwen3VLProcessor(images, tokenizer, videos, chat_template=CHAT_TEMPLATE).save_pretrained(out)
+    return out
+
+
 def qwen3_vl_2b(out: Path, seed: int = 0) -> Path:
     return qwen3_vl(out, seed, text_config_2b)
 
@@ -345,6 +368,7 @@ OTHERS = {
     "cohere_compass": cohere_compass,
     "granite4_vision": granite4_vision,
     "moss_audio": moss_audio,
+    "qwen4_exp": qwen4_exp,
     "qwen3_vl_2b": qwen3_vl_2b,  # of 1.2 GB
 }
 

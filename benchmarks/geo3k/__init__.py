@@ -6,3 +6,7 @@ INSTRUCTION = "Reason step by step. Put the final answer in \\boxed{}."
 
 class Geo3kError(Exception):
     """The evaluation could not run; the message says why and what to do."""
+
+
+class UnreachableError(Geo3kError):
+    """The hub could not be reached."""

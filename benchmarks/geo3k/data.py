@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 from PIL import Image, UnidentifiedImageError
 
-from . import INSTRUCTION, Geo3kError
+from . import INSTRUCTION, Geo3kError, UnreachableError
 
 GEO3K = "hiyouga/geometry3k"
 COLUMNS = ("images", "problem", "answer")
@@ -63,7 +63,8 @@ def load(dataset: str, split: str, count: int | None = None) -> list[Question]:
             data = data.cast_column("images", datasets.List(datasets.Image(decode=False)))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         advice = "" if local else "; without a network, give --dataset a folder of parquet files"
-        raise Geo3kError(f"--dataset {dataset} cannot be loaded: {error}{advice}") from None
+        kind = UnreachableError if isinstance(error, ConnectionError) else Geo3kError
+        raise kind(f"--dataset {dataset} cannot be loaded: {error}{advice}") from None
     finally:
         datasets.enable_progress_bars()
     if missing := [name for name in COLUMNS if name not in data.column_names]:

@@ -1,4 +1,4 @@
-"""Prints the README's tables of logits on a GPU, from the results beside it.
+"""Prints tables of logits on a GPU, from the results beside it; some are the README's.
 
 python -m benchmarks.logits
 """
@@ -14,7 +14,7 @@ MODES = {
     "default": "vLLM's default",
     "V1": "`VLLM_USE_V2_MODEL_RUNNER=0`",
     "piecewise": "`cudagraph_mode: PIECEWISE`",
-    "full": "`cudagraph_mode: FULL`, Triton attention",
+    "full, Triton": "`cudagraph_mode: FULL`, Triton attention",
     "breakable": "`VLLM_USE_BREAKABLE_CUDAGRAPH=1`",
     "batch-invariant": "`VLLM_BATCH_INVARIANT=1`",
 }
@@ -39,10 +39,7 @@ def of(rows: list[Row], mode: str, model: str, geo3k: bool) -> list[Row]:
 
 
 def cell(rows: list[Row]) -> str:
-    """`wrong of all, by up to`; not of a test that was not run, or whose engine ended.
-
-    On the release, a test has passed that has failed as it should.
-    """
+    """`wrong of all, by up to`; `–` of what was not run, or whose engine ended."""
     if not rows or any(row["outcome"] != "passed" for row in rows):
         return "–"
     count = sum(int(row.get("requests") or row["samples"]) for row in rows)
@@ -51,20 +48,21 @@ def cell(rows: list[Row]) -> str:
     return f"{wrong} of {count}, {f'{largest:.2g}' if largest else 'to the bit'}"
 
 
-def table(release: str, geo3k: bool) -> list[str]:
+def table(release: str, model: str, geo3k: bool) -> list[str]:
+    """Of one model, as Markdown. On the release, a test has passed that failed as it should."""
     released, fork = read(f"{release}-as-released"), read(release)
-    lines = ["| | | as released | this fork |", "| --- | --- | ---: | ---: |"]
+    lines = [f"| vLLM {release} | as released | this fork |", "| --- | ---: | ---: |"]
     for mode, said in MODES.items():
-        for model, name in MODELS.items():
-            ours, theirs = (of(rows, mode, model, geo3k) for rows in (fork, released))
-            if cell(ours) != "–":
-                lines.append(f"| {said} | {name} | {cell(theirs)} | {cell(ours)} |")
+        cells = [cell(of(rows, mode, model, geo3k)) for rows in (released, fork)]
+        if cells != ["–", "–"]:
+            lines.append(f"| {said} | {cells[0]} | {cells[1]} |")
     return lines
 
 
 if __name__ == "__main__":
-    print("vLLM 0.33.0, requests that differ from the same request alone, by up to:\n")
-    print("\n".join(table("0.33.0", geo3k=False)))
-    for release in ("0.22.1", "0.33.0"):
-        print(f"\nvLLM {release}, Geo3K samples whose logits differ, compiled to eager:\n")
-        print("\n".join(table(release, geo3k=True)))
+    for model, name in MODELS.items():
+        print(f"\n{name}: requests that differ from the same request alone, and by up to\n")
+        print("\n".join(table("0.33.0", model, geo3k=False)))
+        for release in ("0.22.1", "0.33.0"):
+            print(f"\n{name}: Geo3K-nano samples, compiled to eager\n")
+            print("\n".join(table(release, model, geo3k=True)))

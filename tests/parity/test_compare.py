@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from tools.parity.compare import Run, compare, kl_divergence
+from tools.parity.compare import TOLERANCE, Run, compare, kl_divergence, tolerance
 
 
 def run(tokens, logits) -> Run:
@@ -66,3 +66,10 @@ finite = arrays(np.float64, (2, 5), elements=st.floats(-50, 50))
 @given(finite, finite)
 def test_kl_divergence_is_never_negative(a, b):
     assert kl_divergence(a, b) >= 0
+
+
+def test_tolerance_grows_with_the_logits():
+    small, large = run([0], [[9.0, -3.0]]), run([1], [[-40.0, 1.0]])
+    assert tolerance("bfloat16", [small]) == TOLERANCE["bfloat16"]
+    assert tolerance("bfloat16", [small, large]) == 4 * TOLERANCE["bfloat16"]
+    assert tolerance("float32", [run([0], [[-math.inf, math.nan]])]) == TOLERANCE["float32"]

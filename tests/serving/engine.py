@@ -68,7 +68,8 @@ class Engine:
     def serve(self, stream: list[Request], threshold: int = 0) -> list[Run]:
         """What each request got, served together as they join: a ValueError if it was refused.
 
-        With a threshold, a step has no more tokens of one prompt: `long_prefill_token_threshold`.
+        With a threshold, a step has no more tokens of one prompt, if there are other requests:
+        `long_prefill_token_threshold`.
         """
         return self._ask(partial(serve, stream=stream, threshold=threshold))
 
@@ -85,6 +86,9 @@ class Engine:
     def sleep_and_wake(self) -> None:
         """`sleep(level=2)`, which discards the weights, and `wake_up()`."""
         self._ask(sleep_and_wake)
+
+    def ended(self) -> bool:
+        return self.job.process is None or self.job.process.poll() is not None
 
     def stop(self) -> None:
         self.connection.close()

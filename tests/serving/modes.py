@@ -17,7 +17,7 @@ DEFAULT = Mode("default")
 PIECEWISE = Mode("piecewise", graphs("PIECEWISE"))
 # Captured for prefill, FlashAttention 3 does not decode: of text alone, too, and as released, the
 # second token is wrong, by up to 32 (H100, bfloat16, 0.22.1 and 0.33.0).
-FULL = Mode("full", (*graphs("FULL"), "--attention-backend", "TRITON_ATTN"))
+FULL = Mode("full, Triton", (*graphs("FULL"), "--attention-backend", "TRITON_ATTN"))
 BREAKABLE = Mode(
     "breakable",
     env=(("VLLM_USE_BREAKABLE_CUDAGRAPH", "1"),),

@@ -61,33 +61,38 @@ def image_ends_prompt(closed: bool) -> list[Request]:
 
 
 def image_trickles(closed: bool) -> list[Request]:
-    """One token of a prompt in a step, an image's among them, beside texts."""
+    """Beside a text that decodes, one token of a prompt in a step, an image's among them; and
+    another text."""
     stream: list[Request] = []
     for number in range(11):
+        stream += texts(number + 20, 1, IDLE, max_tokens=16)
         picture = Picture(64, 64 + 32 * (number % 2), number)
         after = (Text(2, number),) if number % 3 else ()
         parts = (Text(3, number), picture, *after)
-        stream.append(Request(parts, 3, closed, joins_after=IDLE))
-        stream += texts(number + 20, 2, OVERLAPPING * (number % 2), max_tokens=6)
+        stream.append(Request(parts, 3, closed, joins_after=OVERLAPPING))
+        stream += texts(number + 40, 1, OVERLAPPING * (number % 2), max_tokens=6)
     return stream
 
 
 @pytest.mark.parametrize(
     "case",
     [
-        # Piecewise, the model's own Python runs at each step, and clears.
+        # 0.22.1 loses levels (D1). From 0.23.0 on, features outlive their step; not in piecewise
+        # graphs, between which the model's own Python runs at each step, and clears.
         pytest.param(
             case,
             id=str(case),
-            marks=[] if case.mode == PIECEWISE else [pytest.mark.bites("newest")],
+            marks=[pytest.mark.bites("stock"), pytest.mark.holds("newest")]
+            if case.mode == PIECEWISE
+            else pytest.mark.bites("stock", "newest"),
         )
         for model in (NANO, "qwen3_omni")
         for case in cases(model)
     ],
 )
-def test_no_request_sees_anothers_image(case, fleet, figures):
+def test_no_request_sees_anothers_image(case, fleet, figures, pytestconfig):
     # A prompt that ends in a placeholder ends an Omni engine as released, before it leaks (D12).
-    closed = case.model == "qwen3_omni"
+    closed = case.model == "qwen3_omni" and bool(pytestconfig.getoption("--bites"))
     wrong = 0
     for what, stream, threshold in (
         ("images then texts", images_then_texts(), 0),

@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from packaging.specifiers import SpecifierSet
 
-from tests.conftest import has_module
-from tests.fleet import Case, version
+from tests.fleet import Case, Mode
 
 from .modes import BREAKABLE, DEFAULT
 from .soak import DifferenceError
@@ -26,28 +24,14 @@ IMAGES = [
     Request((Text(12, 3),), max_tokens=8, joins_after=99),
 ]
 DUMMY = ("--load-format", "dummy", "--trust-remote-code")
-QWEN4_EXP = (
-    "no tiny checkpoint of Qwen4-Exp: its hyper-connections and linear attention have kernels of "
-    "the released widths, and Transformers' class has no levels to write"
-)
 
 
-def has_model(name: str) -> bool:
-    """Whether the release has it, in a form that starts beside today's Transformers."""
-    if name == "granite4_vision" and SpecifierSet("<0.30").contains(version()):
-        return False
-    return has_module(f"vllm.model_executor.models.{name}")
-
-
-def on(models: dict[str, tuple[str, ...]]):
-    """In the default mode and with breakable graphs; of each model, the vLLMs it fails on."""
+def on(mode: Mode, *marks: pytest.MarkDecorator):
     return pytest.mark.parametrize(
         "case",
         [
-            pytest.param(Case(model, mode), id=f"{model}-{mode.name}", marks=pytest.mark.bites(*on))
-            for model, on in models.items()
-            if has_model(model)
-            for mode in (DEFAULT, BREAKABLE)
+            pytest.param(Case(model, mode), id=f"{model}-{mode.name}", marks=marks)
+            for model in ("qwen3_vl_moe", "cohere_compass", "granite4_vision")
         ],
     )
 
@@ -59,12 +43,12 @@ def check(fleet, case, stream, figures, what: str) -> None:
         raise DifferenceError(f"{found['wrong']} requests differ, by up to {found['largest']:.2g}")
 
 
-@on({"qwen3_vl_moe": (), "cohere_compass": (), "granite4_vision": ()})
+@on(DEFAULT, pytest.mark.holds("newest"))
 def test_images_count(case, fleet, figures):
     check(fleet, case, IMAGES, figures, "images, compiled")
 
 
-@on({"qwen3_vl_moe": ("newest",), "cohere_compass": ("newest",), "granite4_vision": ("newest",)})
+@on(BREAKABLE, pytest.mark.bites("newest"))
 def test_text_after_images(case, fleet, figures):
     """D2."""
     check(fleet, case, images_then_texts(), figures, "images then texts")
@@ -105,17 +89,24 @@ def draw_weights(model: Any) -> None:
             weight.fill_(float(name.endswith("weight")))  # norms; and biases
 
 
-@pytest.mark.release(">=0.24")
+def draw(fleet, case) -> None:
+    for engine in (fleet.engine(case), fleet.engine(case.eager)):
+        engine.model(draw_weights)
+
+
 @pytest.mark.bites("newest")
 @pytest.mark.parametrize(
     "case", [Case("moss_audio", mode, DUMMY) for mode in (DEFAULT, BREAKABLE)], ids=str
 )
 def test_moss_audio(case, fleet, figures):
     """D1: compiled, audio loses its levels."""
-    for engine in (fleet.engine(case), fleet.engine(case.eager)):
-        engine.model(draw_weights)
+    draw(fleet, case)
     check(fleet, case, heard(images_then_texts()), figures, "audio then texts")
 
 
-def test_qwen4_exp():
-    pytest.skip(QWEN4_EXP)
+@pytest.mark.bites("newest")
+@pytest.mark.parametrize("case", [Case("qwen4_exp", DEFAULT, DUMMY)], ids=str)
+def test_qwen4_exp(case, fleet, figures):
+    """D2: vLLM switches breakable graphs on for it, whatever it is told."""
+    draw(fleet, case)
+    check(fleet, case, images_then_texts(), figures, "images then texts")

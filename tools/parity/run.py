@@ -209,6 +209,7 @@ def stopping(jobs: list[Job]) -> Iterator[None]:
                     job.process.wait(10)
                 except subprocess.TimeoutExpired:
                     os.killpg(job.process.pid, 9)
+                    job.process.wait()  # with what it holds of a GPU
 
 
 def shared_cores(engines: int) -> list[list[int]]:
