@@ -263,5 +263,5 @@ def by_engine(items: list[Any]) -> list[Any]:
     """Tests of one engine one after the other, so that it need not wait for the last of them."""
     first: dict[Any, int] = {}
     for number, item in enumerate(items):
-        first.setdefault(case_of(item) or item, number)
-    return sorted(items, key=lambda item: first[case_of(item) or item])
+        first.setdefault(case_of(item) or item.nodeid, number)
+    return sorted(items, key=lambda item: first[case_of(item) or item.nodeid])
