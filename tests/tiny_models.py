@@ -46,6 +46,22 @@ CHAT_TEMPLATE = """
 {%- endfor -%}
 {%- if add_generation_prompt -%}<|im_start|>assistant{{ '\n' }}{%- endif -%}
 """
+MOSS_AUDIO_CONFIG = """
+from transformers import PreTrainedConfig, Qwen3Config
+
+
+class MossAudioConfig(PreTrainedConfig):
+    model_type = "moss_audio"
+    sub_configs = {"language_config": Qwen3Config}
+
+    def __init__(self, audio_config=None, language_config=None, **kwargs):
+        self.audio_config = audio_config or {}
+        self.language_config = Qwen3Config(**(language_config or {}))
+        super().__init__(**kwargs)
+
+    def get_text_config(self, *args, **kwargs):
+        return self.language_config
+"""
 CORPUS = [
     "what is the length of x in the triangle",
     "which angle of the shape is the largest",
@@ -295,7 +311,8 @@ def granite4_vision(out: Path, seed: int = 0) -> Path:
 def moss_audio(out: Path, seed: int = 0) -> Path:
     """A configuration and a tokenizer: vLLM makes the weights, with `--load-format dummy`.
 
-    Its class is vLLM's, as Transformers has none; its audio token's id is fixed, and large.
+    The configuration's class comes with it, as Transformers has none. The audio token's id is
+    fixed, and large.
     """
     out.mkdir(parents=True)
     make_tokenizer().save_pretrained(out)
@@ -329,9 +346,7 @@ def moss_audio(out: Path, seed: int = 0) -> Path:
     }
     (out / "config.json").write_text(json.dumps(config))
     (out / "processor_config.json").write_text(json.dumps(tokens))
-    (out / "configuration_moss_audio.py").write_text(
-        "from vllm.model_executor.models.moss_audio import MossAudioConfig\n"
-    )
+    (out / "configuration_moss_audio.py").write_text(MOSS_AUDIO_CONFIG)
     return out
 
 
