@@ -140,10 +140,14 @@ def write_qwen(
     model.float()
     draw_weights(model, seed)
     model.save_pretrained(out)
+    write_qwen_processor(tokenizer, out)
+    return out
+
+
+def write_qwen_processor(tokenizer: transformers.PreTrainedTokenizerFast, out: Path) -> None:
     images = transformers.Qwen2VLImageProcessor(**PIXELS, **HALF)
     videos = transformers.Qwen3VLVideoProcessor(**PATCHES)
     Qwen3VLProcessor(images, tokenizer, videos, chat_template=CHAT_TEMPLATE).save_pretrained(out)
-    return out
 
 
 def qwen3_omni(out: Path, seed: int = 0) -> Path:
@@ -367,9 +371,7 @@ def qwen4_exp(out: Path, seed: int = 0) -> Path:
     )
     config.architectures = ["Qwen4ExpForConditionalGeneration"]
     config.save_pretrained(out)
-    images = transformers.Qwen2VLImageProcessor(**PIXELS, **HALF)
-    videos = transformers.Qwen3VLVideoProcessor(**PATCHES)
-    Qwen3VLProcessor(images, tokenizer, videos, chat_template=CHAT_TEMPLATE).save_pretrained(out)
+    write_qwen_processor(tokenizer, out)
     return out
 
 
