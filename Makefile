@@ -126,7 +126,7 @@ bench-gpu: $(GPU)/vllm $(CUDA)/fork
 	$(GPU_PY) $(SERVING) --output-dir build/speed/$(RELEASE)
 	$(if $(BREAKABLE),VLLM_USE_BREAKABLE_CUDAGRAPH=1 $(GPU_PY) $(SERVING) \
 		--output-dir build/speed/$(RELEASE)-breakable)
-	$(if $(PR43617),$(MAKE) RELEASE=$(RELEASE) bench-staging)
+	$(if $(PR43617),$(MAKE) bench-staging)
 
 bench-staging: $(GPU)/vllm $(CUDA)/fork $(CUDA)/pr43617
 	$(GPU_PY) -m $(SPEED).deepstack --vllm stock=$(CUDA)/stock pr43617=$(CUDA)/pr43617 \

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,13 @@ def pytest_report_header(config):
 def in_release(item) -> bool:
     """Whether a test is about the release that is imported."""
     ranges = [mark.args[0] for mark in item.iter_markers("release")]
-    version = str(read_version(installed())) if ranges else ""
-    return all(SpecifierSet(text).contains(version) for text in ranges)
+    return all(SpecifierSet(text).contains(version()) for text in ranges)
+
+
+@lru_cache
+def version() -> str:
+    """Of the vLLM that is imported."""
+    return str(read_version(installed()))
 
 
 def has_module(name: str) -> bool:
@@ -80,9 +86,9 @@ def pytest_collection_modifyitems(config, items):
         wanted -= {item for item in items if item.get_closest_marker("optional")}
     deselect(config, items, wanted)
     if variant := config.getoption("--bites"):
-        release, found = str(variants().get(variant)), str(read_version(installed()))
-        if release != found:
-            raise pytest.UsageError(f"--bites {variant} is of vLLM {release}; this is {found}")
+        release = str(variants().get(variant))
+        if release != version():
+            raise pytest.UsageError(f"--bites {variant} is of vLLM {release}; this is {version()}")
         bite = {item for item in items if said(item, "bites", variant)}
         for item in bite:
             if not item.get_closest_marker("gpu"):
@@ -103,15 +109,17 @@ def said(item, marker: str, variant: str) -> bool:
 
 def pytest_collection_finish(session):
     """Engines on a GPU start ahead of the tests that share them: tests/fleet.py."""
-    config = session.config
-    gpu = [item for item in session.items if item.get_closest_marker("gpu")]
-    if any(not missing_gpus(item) for item in gpu) and not config.getoption("collectonly"):
+    config, items = session.config, session.items
+    if config.getoption("collectonly"):
+        return
+    if any(item.get_closest_marker("gpu") and not missing_gpus(item) for item in items):
         from tests.fleet import Fleet, by_engine
 
-        session.items[:] = by_engine(session.items)
+        items[:] = by_engine(items)
         (BUILD / "gpu").mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix="engines.", dir=BUILD / "gpu"))
-        config.stash[FLEET] = Fleet(by_engine(gpu), folder)
+        gpu = [item for item in items if item.get_closest_marker("gpu")]
+        config.stash[FLEET] = Fleet(gpu, folder)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -171,7 +179,7 @@ def fleet(request):
 
 
 @pytest.fixture
-def figures(record_property, request):
+def figures(record_property):
     """`figures(largest=0.1, …)`: what a test measured, in its output and for `--figures FILE`."""
 
     def record(**values: Any) -> None:

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from tools.overlay.__main__ import installed
-from tools.overlay.status import read_version
+from .conftest import version
 
 
 class Figures:
@@ -33,7 +32,7 @@ class Figures:
     def pytest_sessionfinish(self) -> None:
         from benchmarks.machine import machine  # it calls CUDA: not before the last fork
 
-        about = {"vllm": str(read_version(installed())), "machine": machine()}
+        about = {"vllm": version(), "machine": machine()}
         rows = ",\n".join(json.dumps(row) for row in self.rows)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         part = self.file.with_suffix(".part")

@@ -1,4 +1,4 @@
-"""Engines on a GPU that tests share, each test in a process of its own (`--forked`).
+"""Engines on a GPU that tests share, each test in a process of its own (pytest-forked).
 
 An engine takes a minute to start, and what a test's child starts or asks is gone with it. So the
 parent starts the engines, some tests ahead; the children speak to them over connections that they
@@ -20,7 +20,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,10 @@ import numpy as np
 import pytest
 from packaging.specifiers import SpecifierSet
 
-from tools.overlay.__main__ import installed
-from tools.overlay.status import read_version
 from tools.parity.compare import Run, tolerance
 from tools.parity.run import ROOT, import_path
 
-from .conftest import missing_gpus
+from .conftest import missing_gpus, version
 from .serving.engine import Engine
 from .serving.soak import Soak, oracle_options, served_options
 from .serving.streams import Request
@@ -95,11 +92,6 @@ MODELS = {
         "Granite 4 Vision imports names that Transformers 5.10 has renamed, up to 0.30.0",
     ),
 }
-
-
-@lru_cache
-def version() -> str:
-    return str(read_version(installed()))
 
 
 class Kept:

@@ -6,7 +6,8 @@ import json
 
 from packaging.specifiers import SpecifierSet
 
-from tests.fleet import Case, Mode, version
+from tests.conftest import version
+from tests.fleet import Case, Mode
 
 
 def graphs(mode: str) -> tuple[str, ...]:

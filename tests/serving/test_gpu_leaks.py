@@ -106,6 +106,14 @@ def test_no_request_sees_anothers_image(case, fleet, figures, pytestconfig):
         raise DifferenceError(f"{wrong} requests differ")
 
 
+def check(fleet, case, stream, figures, what: str, **how: float) -> None:
+    """`how`: as `Fleet.compare` has it."""
+    found = fleet.compare(case, stream, **how)
+    figures(what=what, **found)
+    if found["wrong"]:
+        raise DifferenceError(f"{found['wrong']} requests differ, by up to {found['largest']:.2g}")
+
+
 @pytest.mark.release(">=0.31")
 @pytest.mark.bites("newest")
 @pytest.mark.parametrize(
@@ -116,7 +124,4 @@ def test_no_request_sees_anothers_image(case, fleet, figures, pytestconfig):
 def test_deterministic_mode_is_deterministic(case, fleet, figures):
     """With `VLLM_BATCH_INVARIANT=1` and nothing else, vLLM switches breakable graphs on for the
     shapes of Qwen3-VL-2B's decoder: each answer is to be the same alone, to the bit."""
-    found = fleet.compare(case, images_then_texts(), limit=0.0)
-    figures(what="images then texts", **found)
-    if found["wrong"]:
-        raise DifferenceError(f"{found['wrong']} requests differ, by up to {found['largest']:.2g}")
+    check(fleet, case, images_then_texts(), figures, "images then texts", limit=0.0)

@@ -12,17 +12,12 @@ import torch
 from tests.fleet import Case, Mode
 
 from .modes import BREAKABLE, DEFAULT
-from .soak import DifferenceError
 from .streams import Audio, Picture, Request, Text
-from .test_gpu_leaks import images_then_texts
+from .test_gpu_engines import IMAGE, IMAGES, TEXT
+from .test_gpu_leaks import check, images_then_texts
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600, func_only=True)]
 
-IMAGES = [
-    Request((Text(12), Picture(192, 160), Text(5)), max_tokens=8),
-    Request((Picture(100, 80, 1), Text(9, 1), Picture(200, 220, 2), Text(3)), max_tokens=8),
-    Request((Text(12, 3),), max_tokens=8, joins_after=99),
-]
 DUMMY = ("--load-format", "dummy", "--trust-remote-code")
 
 
@@ -36,16 +31,9 @@ def on(mode: Mode, *marks: pytest.MarkDecorator):
     )
 
 
-def check(fleet, case, stream, figures, what: str) -> None:
-    found = fleet.compare(case, stream)
-    figures(what=what, **found)
-    if found["wrong"]:
-        raise DifferenceError(f"{found['wrong']} requests differ, by up to {found['largest']:.2g}")
-
-
 @on(DEFAULT, pytest.mark.holds("newest"))
 def test_images_count(case, fleet, figures):
-    check(fleet, case, IMAGES, figures, "images, compiled")
+    check(fleet, case, [IMAGE, IMAGES, TEXT], figures, "images, compiled")
 
 
 @on(BREAKABLE, pytest.mark.bites("newest"))
