@@ -364,7 +364,7 @@ def qwen4_exp(out: Path, seed: int = 0) -> Path:
         text_config=text
         | {"head_dim": 64, "num_experts": 4, "num_experts_per_tok": 4, "hc_lowrank": 64}
         | {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
-        | {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+        | {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "output_gate_type": "silu"}
         | {"rope_parameters": rope | {"mrope_section": [16, 8, 8]}},
         vision_config=vision_config(),
         **token_ids(tokenizer, **QWEN_TOKENS),

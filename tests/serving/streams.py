@@ -79,9 +79,12 @@ class Audio:
     modality = "audio"
 
     def content(self) -> tuple[np.ndarray, int]:
-        samples = self.milliseconds * SAMPLE_RATE // 1000
-        noise = np.random.default_rng(self.seed).normal(0, 0.1, samples)
-        return noise.astype(np.float32), SAMPLE_RATE
+        """A tone in noise: of noise alone, encoders make much the same."""
+        random = np.random.default_rng(self.seed)
+        seconds = np.arange(self.milliseconds * SAMPLE_RATE // 1000) / SAMPLE_RATE
+        tone = np.sin(2 * np.pi * random.uniform(100, 4000) * seconds)
+        noise = random.normal(0, 0.01, len(seconds))
+        return (0.5 * tone + noise).astype(np.float32), SAMPLE_RATE
 
 
 @dataclass(frozen=True)

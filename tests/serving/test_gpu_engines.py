@@ -101,9 +101,10 @@ def test_images_count(soak):
     soak.check([IMAGE, IMAGES, TEXT, IMAGES, IMAGE])
 
 
-@on(SYNC_CHECK)
+@on(SYNC_CHECK, models=["qwen3_vl"])
 def test_no_step_waits_for_the_gpu(soak):
-    """An engine ends where the host waits in a step."""
+    """An engine ends where the host waits in a step. Qwen3-Omni's steps with images do wait, as
+    released, too: token ids are compared on the host."""
     soak.check([IMAGE, IMAGES, TEXT, IMAGE])
 
 

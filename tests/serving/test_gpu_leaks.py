@@ -47,29 +47,45 @@ def images_then_texts() -> list[Request]:
     return stream
 
 
-def image_ends_prompt(closed: bool) -> list[Request]:
+def ends_in_image(*parts: Text | Picture, then_text: bool, **how: int) -> Request:
+    """A prompt whose last token is an image's; or with an end mark and a text after it."""
+    return Request((*parts, Text(1)) if then_text else parts, closed=then_text, **how)
+
+
+def image_ends_prompt(then_text: bool) -> list[Request]:
     """While texts decode, a prompt whose last token is its image's, alone in its step; then
-    another text. Closed, the image's end mark is beside it."""
+    another text."""
     stream: list[Request] = []
     for number in range(8):
         stream += texts(number, 1 + number % 4, IDLE, max_tokens=12)
         picture = Picture(96, 64 + 32 * (number % 2), number)
         before = Text(CHUNK - picture.tokens(), number)  # beside the image's start
-        stream.append(Request((before, picture), 1 + number % 3, closed, joins_after=OVERLAPPING))
+        stream.append(
+            ends_in_image(
+                before,
+                picture,
+                then_text=then_text,
+                max_tokens=1 + number % 3,
+                joins_after=OVERLAPPING,
+            )
+        )
         stream += texts(number + 50, 1, OVERLAPPING, max_tokens=4)
     return stream
 
 
-def image_trickles(closed: bool) -> list[Request]:
+def image_trickles(then_text: bool) -> list[Request]:
     """Beside a text that decodes, one token of a prompt in a step, an image's among them; and
     another text."""
     stream: list[Request] = []
     for number in range(11):
         stream += texts(number + 20, 1, IDLE, max_tokens=16)
         picture = Picture(64, 64 + 32 * (number % 2), number)
-        after = (Text(2, number),) if number % 3 else ()
-        parts = (Text(3, number), picture, *after)
-        stream.append(Request(parts, 3, closed, joins_after=OVERLAPPING))
+        parts = (Text(3, number), picture)
+        how = {"max_tokens": 3, "joins_after": OVERLAPPING}
+        if number % 3:
+            stream.append(Request((*parts, Text(2, number)), **how))
+        else:
+            stream.append(ends_in_image(*parts, then_text=then_text, **how))
         stream += texts(number + 40, 1, OVERLAPPING * (number % 2), max_tokens=6)
     return stream
 
@@ -92,12 +108,12 @@ def image_trickles(closed: bool) -> list[Request]:
 )
 def test_no_request_sees_anothers_image(case, fleet, figures, pytestconfig):
     # A prompt that ends in a placeholder ends an Omni engine as released, before it leaks (D12).
-    closed = case.model == "qwen3_omni" and bool(pytestconfig.getoption("--bites"))
+    then_text = case.model == "qwen3_omni" and bool(pytestconfig.getoption("--bites"))
     wrong = 0
     for what, stream, threshold in (
         ("images then texts", images_then_texts(), 0),
-        ("image ends prompt", image_ends_prompt(closed), CHUNK),
-        ("image trickles", image_trickles(closed), 1),
+        ("image ends prompt", image_ends_prompt(then_text), CHUNK),
+        ("image trickles", image_trickles(then_text), 1),
     ):
         found = fleet.compare(case, stream, threshold=threshold)
         figures(what=what, **found)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.fleet import Case, Mode
+from tests.fleet import DTYPE, Case, Mode
+from tools.parity.compare import TOLERANCE
 
 from .modes import BREAKABLE, DEFAULT
 from .streams import Audio, Picture, Request, Text
@@ -33,7 +34,10 @@ def on(mode: Mode, *marks: pytest.MarkDecorator):
 
 @on(DEFAULT, pytest.mark.holds("newest"))
 def test_images_count(case, fleet, figures):
-    check(fleet, case, [IMAGE, IMAGES, TEXT], figures, "images, compiled")
+    # Granite adds six levels, each rounded to bfloat16: 0.27 on an H100, as released, too; in
+    # float32 it is 2e-5 from Transformers.
+    limit = 2 * TOLERANCE[DTYPE] if case.model == "granite4_vision" else None
+    check(fleet, case, [IMAGE, IMAGES, TEXT], figures, "images, compiled", limit=limit)
 
 
 @on(BREAKABLE, pytest.mark.bites("newest"))
@@ -55,12 +59,12 @@ class Heard(Request):
 
 
 def heard(stream: list[Request]) -> list[Request]:
-    """The stream with a sound in place of each picture."""
+    """The stream with a sound in place of each picture. All are as long: in one batch, as released,
+    too, the encoder's output of the shorter one depends on the longer one's length (by 0.09)."""
     requests: list[Request] = []
     for request in stream:
         parts = tuple(
-            Audio(200 + 5 * part.width, part.seed) if isinstance(part, Picture) else part
-            for part in request.parts
+            Audio(600, part.seed) if isinstance(part, Picture) else part for part in request.parts
         )
         requests.append(Heard(parts, request.max_tokens, joins_after=request.joins_after))
     return requests
@@ -89,9 +93,13 @@ def draw(fleet, case, request: Request) -> None:
     assert abs(one - other).max() > 0.5, "another medium does not change the logits"
 
 
-@pytest.mark.bites("newest")
 @pytest.mark.parametrize(
-    "case", [Case("moss_audio", mode, DUMMY) for mode in (DEFAULT, BREAKABLE)], ids=str
+    "case",
+    [
+        pytest.param(Case("moss_audio", DEFAULT, DUMMY), marks=pytest.mark.bites("newest")),
+        Case("moss_audio", BREAKABLE, DUMMY),
+    ],
+    ids=str,
 )
 def test_moss_audio(case, fleet, figures):
     """D1: compiled, audio loses its levels."""
