@@ -1,4 +1,5 @@
 # The commands of the README. Everything that they make is below .venv/, build/ and dist/.
+# A comment that begins with two # is what `make help` says of the target above which it stands.
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 
 DEFAULT := $(shell sed -n 's/.*"default": "\(.*\)".*/\1/p' requirements/releases.json)
@@ -14,17 +15,18 @@ unexport PYTHONPATH
 
 FORK := $(shell sed -n 's/^__version__ = "\(.*\)".*/\1/p' tools/overlay/__init__.py)
 BUILD := VLLM_RELEASE=$(RELEASE) .venv/bin/python -m build --wheel --installer uv
-SOURCES := setup.py pyproject.toml README.md requirements/releases.json $(shell find vllm tools -name '*.py')
+SOURCES := setup.py pyproject.toml README.md requirements/releases.json \
+	$(shell find vllm tools -name '*.py')
 STOCK := build/stock/$(RELEASE)
 TINY := build/tiny/qwen3_vl
 PARITY := build/parity/$(RELEASE)
-ENGINE := --dtype float32 --max-model-len 512 --max-num-batched-tokens 512 --limit-mm-per-prompt '{"image": 2, "video": 0}'
+ENGINE := @tests/tiny_models.args --side-by-side
 
 # The longest first; each folder's tests share what is costly.
-FAST := $(addprefix tests/,deepstack wheel pull_request overlay parity speed geo3k)
+FAST := $(addprefix tests/,deepstack wheel upstream overlay parity speed geo3k)
 
 NANO := benchmarks/geo3k_nano
-GEO3K := --model $(NANO)/model --dataset $(NANO)/data --dtype float32 --max-model-len 512 --max-num-batched-tokens 2048 --gpu-memory-utilization 0.4 --limit-mm-per-prompt '{"image": 1, "video": 0}'
+GEO3K := -m benchmarks.geo3k --model $(NANO)/model --dataset $(NANO)/data @$(NANO)/engine.args
 
 # For a GPU: the CUDA wheel, made here or at hand in dist/, in an environment of its own.
 CUDA := build/cuda/$(RELEASE)
@@ -34,26 +36,21 @@ TESTS := tests
 FIGURES = build/figures/$(RELEASE)$(if $(BITES),-as-released).json
 SPEED := benchmarks.speed
 SERVING = -m $(SPEED).serving --model qwen3_vl_8b --vllm stock=$(CUDA)/stock fork=$(CUDA)/fork \
-	--gpu-memory-utilization 0.1 --kv-cache-memory-bytes 8589934592
+	--gpu-memory-utilization 0.1 --kv-cache-memory-bytes 8G
 OLD := 0.20.% 0.21.% 0.22.%
 BREAKABLE := $(filter-out $(OLD) 0.23.%,$(RELEASE))
 PR43617 := $(filter $(OLD),$(RELEASE))
 
-.PHONY: help wheel install overlay pr parity geo3k bench bench-tools bench-gpu bench-staging test test-fast test-unit test-engines test-optional test-gpu test-two-gpus release pipeline lint clean
+LIST := .venv/bin/python -m tools.package_index list
+DEVICES := cpu cuda
+
+.PHONY: help wheel install overlay pr parity geo3k bench bench-tools bench-gpu bench-staging test \
+	test-fast test-unit test-engines test-optional test-gpu test-two-gpus release pipeline lint clean
 
 help:
-	@echo 'make wheel      build the fork: a vllm wheel in dist/ (VLLM_TARGET_DEVICE=cpu|cuda)'
-	@echo 'make overlay    build vllm-deepstack in dist/: patches an installed vLLM, without a clone'
-	@echo 'make pr         write the pull request to vLLM: patches and text in build/pr/'
-	@echo 'make parity     compare compiled and eager, stock release and fork, on a tiny Qwen3-VL'
-	@echo 'make geo3k      accuracy on Geo3K-nano: Transformers, vLLM eager, stock, fork'
-	@echo 'make bench      speed of the tools and, where there is a GPU, of serving'
-	@echo '                (wheel, pr, parity: of another release with RELEASE=0.20.0 to 0.33.0)'
-	@echo 'make test       lint, and all tests that need no GPU'
-	@echo 'make test-fast  lint, and the tests that start no engine'
-	@echo 'make test-gpu   the tests that need one (TESTS=tests/geo3k: of compiled and eager alone;'
-	@echo '                BITES=stock, newest: on the release); test-two-gpus: those that need two'
-	@echo 'make release    all wheels of all releases, in dist/'
+	@sed -nE '/^## /{s/^## //;h;n;s/^([a-z0-9-]+):.*/\1/;G;s/\n/\t/;p}' Makefile | expand -t 16
+	@echo
+	@echo 'RELEASE=0.33.0 names another release than $(DEFAULT), for all but make release'
 
 %/tools: requirements/tools.txt
 	$(PYTHON) -m venv $*
@@ -61,14 +58,17 @@ help:
 	$*/bin/uv pip install --quiet --python $*/bin/python -r requirements/tools.txt
 	touch $@
 
+## build the fork: a vllm wheel in dist/ (VLLM_TARGET_DEVICE=cpu or cuda)
 wheel: .venv/tools
 	$(BUILD)
 
+## build vllm-deepstack in dist/, which patches an installed vLLM without a clone
 overlay: .venv/tools
 	.venv/bin/python -m build --wheel --installer uv --outdir dist tools/overlay
 
+## write the pull request to vLLM: patches and text in build/pr/
 pr: .venv/tools
-	.venv/bin/python -m tools.pull_request $(RELEASE)
+	.venv/bin/python -m upstream $(RELEASE)
 
 # WHEEL=at-hand: what lies in dist/ is taken, and not built anew.
 ifeq ($(WHEEL),at-hand)
@@ -86,11 +86,12 @@ $(VENV)/vllm: dist/.cpu-$(RELEASE) $(VENV)/tools
 	touch $@
 
 $(GPU)/vllm: dist/.cuda-$(RELEASE) $(GPU)/tools
-	$(GPU)/bin/uv pip install --quiet --python $(GPU_PY) --reinstall-package vllm dist/vllm-$(RELEASE)+deepstack.$(FORK)-*.whl
+	$(GPU)/bin/uv pip install --quiet --python $(GPU_PY) --reinstall-package vllm \
+		dist/vllm-$(RELEASE)+deepstack.$(FORK)-*.whl
 	touch $@
 
 $(STOCK): | .venv/tools
-	.venv/bin/python -m tools.releases unpack $(RELEASE) cpu $@
+	.venv/bin/python -m tools.package_index unpack $(RELEASE) cpu $@
 
 $(TINY): tests/tiny_models.py | $(VENV)/vllm
 	$(PY) -m tests.tiny_models qwen3_vl $(TINY)
@@ -98,23 +99,27 @@ $(TINY): tests/tiny_models.py | $(VENV)/vllm
 
 install: $(VENV)/vllm $(STOCK)
 
-# The stock release diverges: that is the point, and no failure of this command.
+# The stock release diverges, as it should: exit code 1 is no failure of this command.
+CHECK = $(PY) -m tools.parity --model $(TINY) $(ENGINE)
+## compare compiled and eager on a tiny Qwen3-VL: the stock release and the fork
 parity: install $(TINY)
-	$(PY) -m tools.parity --model $(TINY) $(ENGINE) --side-by-side --vllm $(STOCK) --json $(PARITY)/stock.json || test $$? -eq 1
-	$(PY) -m tools.parity --model $(TINY) $(ENGINE) --side-by-side --json $(PARITY)/fork.json || test $$? -eq 1
+	$(CHECK) --vllm $(STOCK) --json $(PARITY)/stock.json || test $$? -eq 1
+	$(CHECK) --json $(PARITY)/fork.json || test $$? -eq 1
 	$(PY) -m tools.parity.report $(PARITY)/stock.json $(PARITY)/fork.json
 
+## accuracy on Geo3K-nano: Transformers, vLLM eager, stock, fork
 geo3k: install
-	$(PY) -m benchmarks.geo3k $(GEO3K) --runs eager transformers compiled@$(STOCK) compiled --output-dir build/geo3k/cpu
-	$(PY) -m benchmarks.geo3k $(GEO3K) --runs transformers --blank-images --output-dir build/geo3k/blank
+	$(PY) $(GEO3K) --runs eager transformers compiled@$(STOCK) compiled --output-dir build/geo3k/cpu
+	$(PY) $(GEO3K) --runs transformers --blank-images --output-dir build/geo3k/blank
 
+## speed of the project's commands and, where there is a GPU, of serving
 bench: bench-tools $(if $(shell command -v nvidia-smi),bench-gpu)
 
 bench-tools: install $(TINY)
-	$(PY) -m $(SPEED).tools --tree $(STOCK) --model $(TINY) $(ENGINE) --side-by-side --output-dir build/speed
+	$(PY) -m $(SPEED).tools --tree $(STOCK) --model $(TINY) $(ENGINE) --output-dir build/speed
 
 $(CUDA)/stock: | .venv/tools
-	.venv/bin/python -m tools.releases unpack $(RELEASE) cuda $@
+	.venv/bin/python -m tools.package_index unpack $(RELEASE) cuda $@
 
 $(CUDA)/fork $(CUDA)/pr43617: | $(CUDA)/stock
 	rm -rf $@.part
@@ -132,36 +137,48 @@ bench-staging: $(GPU)/vllm $(CUDA)/fork $(CUDA)/pr43617
 	$(GPU_PY) -m $(SPEED).deepstack --vllm stock=$(CUDA)/stock pr43617=$(CUDA)/pr43617 \
 		fork=$(CUDA)/fork --output-dir build/speed
 
+## ruff and mypy
 lint: $(VENV)/tools
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
 test-unit: install
-	$(PY) -m pytest --durations 20 -n 2 --dist loadfile --no-loadscope-reorder -m 'not engine and not gpu' $(FAST) tests
+	$(PY) -m pytest --durations 20 -n 2 --dist loadfile --no-loadscope-reorder \
+		-m 'not engine and not gpu' $(FAST) tests
 
 test-engines: install
 	$(PY) -m pytest --durations 0 --durations-min 5 -m 'engine and not gpu'
 
+## what is too long for make test: parity of 0.21.0 and 0.32.0, the serving benchmark
 test-optional: install
 	$(PY) -m pytest --optional -m optional
 
+## lint, and the tests that start no engine
 test-fast: lint test-unit
 
+## lint, and all tests that need no GPU; under an hour on two cores
 test: test-fast test-engines
 
-# BITES=stock (0.22.1) or newest: on the release as it is, what is said to fail there.
+## the tests that need a GPU (TESTS=tests/geo3k: those; BITES=stock, newest: on the release)
 test-gpu: $(GPU)/vllm $(if $(BITES),$(CUDA)/stock)
 	$(if $(BITES),PYTHONPATH=$(CUDA)/stock) $(GPU_PY) -m pytest -m gpu \
 		$(if $(BITES),--bites $(BITES)) --figures $(FIGURES) $(TESTS)
 
+## sharded engines, on two GPUs
 test-two-gpus: $(GPU)/vllm
 	$(GPU_PY) -m pytest -m gpu -k sharded tests/serving
 
+## all wheels of all releases, in dist/, and their SHA256SUMS
 release: overlay
-	set -e; for device in cpu cuda; do for release in $$(.venv/bin/python -m tools.releases list $$device); do \
-		$(MAKE) wheel RELEASE=$$release VLLM_TARGET_DEVICE=$$device; done; done
+	$(MAKE) $(foreach device,$(DEVICES),$(addprefix wheel-$(device)-,$(shell $(LIST) $(device))))
 	cd dist && sha256sum *.whl > SHA256SUMS
+
+wheel-cpu-%:
+	$(MAKE) wheel RELEASE=$* VLLM_TARGET_DEVICE=cpu
+
+wheel-cuda-%:
+	$(MAKE) wheel RELEASE=$* VLLM_TARGET_DEVICE=cuda
 
 pipeline: .venv/tools
 	@.venv/bin/python .buildkite/pipeline.py

@@ -27,8 +27,9 @@ from wheel.wheelfile import WheelFile
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # a build isolated from the project leaves it out
 
-from tools import releases  # noqa: E402
-from tools.overlay import OverlayError, __version__  # noqa: E402
+from tools import package_index, releases  # noqa: E402
+from tools.cli import UserError  # noqa: E402
+from tools.overlay import __version__  # noqa: E402
 from tools.overlay.transaction import replace  # noqa: E402
 from tools.overlay.tree import Tree  # noqa: E402
 
@@ -46,7 +47,7 @@ def chosen_release() -> releases.Release:
         raise PlatformError(
             f"VLLM_PRECOMPILED_WHEEL_LOCATION={location}: is no wheel of vLLM"
         ) from None
-    except releases.ReleaseError as error:
+    except UserError as error:
         what = "VLLM_RELEASE" if named else "VLLM_PRECOMPILED_WHEEL_LOCATION"
         raise PlatformError(f"{what}: {error}") from None
 
@@ -54,7 +55,7 @@ def chosen_release() -> releases.Release:
 def target_device() -> str:
     device = os.environ.get("VLLM_TARGET_DEVICE", "").lower()
     location = os.environ.get("VLLM_PRECOMPILED_WHEEL_LOCATION")
-    if device and device not in releases.DISTRIBUTIONS:
+    if device and device not in package_index.DISTRIBUTIONS:
         raise PlatformError(f"VLLM_TARGET_DEVICE={device}: the fork builds for cpu and cuda")
     if location:
         if not Path(location).is_file():
@@ -62,8 +63,8 @@ def target_device() -> str:
                 f"VLLM_PRECOMPILED_WHEEL_LOCATION={location}: there is no such file"
             )
         try:
-            found = RELEASE.check(Path(location))
-        except releases.ReleaseError as error:
+            found = package_index.check(RELEASE, Path(location))
+        except UserError as error:
             raise PlatformError(f"VLLM_PRECOMPILED_WHEEL_LOCATION: {error}") from None
         if device not in ("", found):
             raise PlatformError(f"VLLM_TARGET_DEVICE={device}, but {location} is the {found} wheel")
@@ -80,8 +81,10 @@ VERSION = Version(f"{RELEASE.version}+deepstack.{__version__}{'.cpu' if DEVICE =
 def release_wheel() -> Path:
     location = os.environ.get("VLLM_PRECOMPILED_WHEEL_LOCATION")
     try:
-        return Path(location) if location else RELEASE.fetch(DEVICE, BUILD / "releases")
-    except releases.ReleaseError as error:
+        return (
+            Path(location) if location else package_index.fetch(RELEASE, DEVICE, BUILD / "releases")
+        )
+    except UserError as error:
         raise SetupError(str(error)) from None
 
 
@@ -131,10 +134,10 @@ class merged_wheel(bdist_wheel):
         wheel = release_wheel()
         with tempfile.TemporaryDirectory(prefix="merge.", dir=BUILD) as folder:
             tree = Path(folder) / "tree"
-            releases.unpack(wheel, tree)
+            package_index.unpack(wheel, tree)
             try:
                 changes = Tree(tree).changes()
-            except OverlayError as error:
+            except UserError as error:
                 raise SetupError(str(error)) from None
             for change in changes:
                 replace(tree / change.path, change.after, tree)

@@ -14,8 +14,8 @@ from hypothesis import Phase, settings
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from tools import releases
-from tools.overlay import OverlayError
+from tools import package_index, releases
+from tools.cli import UserError
 from tools.overlay.__main__ import installed
 from tools.overlay.status import read_version
 
@@ -48,7 +48,7 @@ def pytest_configure(config):
 def pytest_report_header(config):
     try:
         return f"vLLM {read_version(installed())} in {installed()}"
-    except OverlayError:
+    except UserError:
         return "no vLLM is installed"
 
 
@@ -68,7 +68,7 @@ def has_module(name: str) -> bool:
     """Whether the vLLM that is imported has a module. It is not imported for that."""
     try:
         return (installed() / f"{name.replace('.', '/')}.py").is_file()
-    except OverlayError:
+    except UserError:
         return False
 
 
@@ -211,7 +211,7 @@ def release_sources(tmp_path_factory):
     def copy(version: str) -> Path:
         kept = BUILD / "sources" / version
         with downloading(version):
-            releases.fetch_sources(releases.known(version), kept)
+            package_index.fetch_sources(releases.known(version), kept)
         return Path(shutil.copytree(kept, tmp_path_factory.mktemp(version), dirs_exist_ok=True))
 
     return copy
@@ -226,7 +226,7 @@ def unpacked():
         with downloading(version):
             if not tree.exists():
                 device = "cpu" if release.wheels["cpu"] else "cuda"
-                releases.unpack(release.fetch(device, BUILD / "releases"), tree)
+                package_index.unpack(package_index.fetch(release, device, BUILD / "releases"), tree)
         return tree
 
     return unpack

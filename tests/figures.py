@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tools import cli
 
 from .conftest import version
 
@@ -33,8 +34,4 @@ class Figures:
         from benchmarks.machine import machine  # it calls CUDA: not before the last fork
 
         about = {"vllm": version(), "machine": machine()}
-        rows = ",\n".join(json.dumps(row) for row in self.rows)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        part = self.file.with_suffix(".part")
-        part.write_text(f'{{"about": {json.dumps(about, indent=1)},\n"rows": [\n{rows}\n]}}\n')
-        part.replace(self.file)
+        cli.write_json({"about": about, "rows": self.rows}, self.file)

@@ -27,8 +27,8 @@ import numpy as np
 import pytest
 from packaging.specifiers import SpecifierSet
 
+from tools.engines import ROOT, import_path
 from tools.parity.compare import Run, tolerance
-from tools.parity.run import ROOT, import_path
 
 from .conftest import missing_gpus, version
 from .serving.engine import Engine

@@ -10,8 +10,6 @@ Exit code: 0, or 2 if the evaluation could not run.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,10 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.machine import machine
-from tools.parity import ParityError
+from tools import cli
+from tools.cli import UserError
 
-from . import INSTRUCTION, Geo3kError
+from . import INSTRUCTION
 from .data import GEO3K, load
 from .report import plot, report, show
 from .runs import SERVED, Run, claim, execute, fingerprint, job_of, prepare
@@ -35,6 +34,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         description=__doc__,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        fromfile_prefix_chars="@",
     )
     parser.add_argument(
         "--model",
@@ -47,8 +47,12 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         help=f"a name on the hub or a folder of parquet files (default: {GEO3K})",
     )
     parser.add_argument("--split", default="test", help="default: test")
-    parser.add_argument("--num-samples", type=int, metavar="N", help="the first N questions")
-    parser.add_argument("--max-tokens", type=int, default=2048, help="a response (default: 2048)")
+    parser.add_argument(
+        "--num-samples", type=cli.positive, metavar="N", help="the first N questions"
+    )
+    parser.add_argument(
+        "--max-tokens", type=cli.positive, default=2048, help="a response (default: 2048)"
+    )
     parser.add_argument("--dtype", default="auto", help="as vLLM has it (default: auto)")
     parser.add_argument(
         "--runs",
@@ -67,7 +71,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument(
         "--concurrency",
-        type=int,
+        type=cli.positive,
         default=64,
         help="requests in flight, over all endpoints (default: 64)",
     )
@@ -89,9 +93,6 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
             parser.error(f"{option}: --runs eager and --runs compiled set this")
     if args.base_url and options:
         parser.error(f"{options[0]}: endpoints have been given their options")
-    for name in ("num_samples", "max_tokens", "concurrency"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.runs is None:
         args.runs = [] if args.base_url else ["eager", "compiled"]
     if args.runs and not args.model:
@@ -104,10 +105,10 @@ def evaluate(args: argparse.Namespace, options: list[str], console: Console) -> 
     if args.base_url:
         runs.append(Run(SERVED, SERVED))
     if len({run.name for run in runs}) < len(runs):
-        raise Geo3kError(f"--runs {' '.join(args.runs)}: two have the same name")
+        raise UserError(f"--runs {' '.join(args.runs)}: two have the same name")
     local = args.model and args.model.startswith(("/", "./", "../", "~"))
     if local and not args.base_url and not Path(args.model).expanduser().is_dir():
-        raise Geo3kError(f"--model {args.model}: there is no such folder")
+        raise UserError(f"--model {args.model}: there is no such folder")
     questions = load(args.dataset, args.split, args.num_samples)
     folder = args.output_dir.resolve()
     settings = {
@@ -138,15 +139,12 @@ def evaluate(args: argparse.Namespace, options: list[str], console: Console) -> 
 
 def main(arguments: list[str] | None = None) -> int:
     args, options = parse(arguments)
-    console = Console(stderr=True)
-    try:
-        result = evaluate(args, options, console)
-    except (Geo3kError, ParityError) as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        return 2
-    part = args.output_dir / ".report.json"
-    part.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-    os.replace(part, args.output_dir / "report.json")
+    return cli.run(lambda: execute_and_show(args, options))
+
+
+def execute_and_show(args: argparse.Namespace, options: list[str]) -> int:
+    result = evaluate(args, options, Console(stderr=True))
+    cli.write_json(result, args.output_dir / "report.json")
     plot(result, args.output_dir / "accuracy.png")
     show(result, Console())
     return 0

@@ -12,7 +12,8 @@ from typing import Any
 
 import openai
 
-from . import Geo3kError
+from tools.cli import UserError
+
 from .answers import Answers, Asked
 
 
@@ -27,7 +28,7 @@ async def serve_run(
     """Asks all questions, `concurrency` at a time, spread over the endpoints.
 
     Raises:
-        Geo3kError: an endpoint cannot be reached, has no such model, or fails. What was
+        UserError: an endpoint cannot be reached, has no such model, or fails. What was
             answered until then is kept.
     """
     key = os.environ.get("OPENAI_API_KEY", "EMPTY")
@@ -80,21 +81,21 @@ async def served_model(client: openai.AsyncOpenAI, model: str | None) -> str:
     if model is None and len(names) == 1:
         return names[0]
     if model is None or model not in names:
-        raise Geo3kError(
+        raise UserError(
             f"--base-url {client.base_url}: it serves {', '.join(names) or 'nothing'}"
             + (f", not {model}" if model else "; say which with --model")
         )
     return model
 
 
-def failure(client: openai.AsyncOpenAI, error: openai.OpenAIError, what: str) -> Geo3kError:
+def failure(client: openai.AsyncOpenAI, error: openai.OpenAIError, what: str) -> UserError:
     cause = f": {error.__cause__}" if error.__cause__ else ""
     advice = ""
     if isinstance(error, openai.APIConnectionError | openai.NotFoundError):
         advice = "Is it up, and does the address end in /v1? "
     elif "max_tokens" in str(error):
         advice = "Give a smaller --max-tokens. "
-    return Geo3kError(
+    return UserError(
         f"--base-url {client.base_url}: {what}: {error}{cause}\n{advice}"
         "Answers until now are kept: the same command goes on from them."
     )

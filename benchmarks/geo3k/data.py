@@ -10,7 +10,9 @@ from typing import Any
 import datasets
 from PIL import Image, UnidentifiedImageError
 
-from . import INSTRUCTION, Geo3kError, UnreachableError
+from tools.cli import UserError
+
+from . import INSTRUCTION, UnreachableError
 
 GEO3K = "hiyouga/geometry3k"
 COLUMNS = ("images", "problem", "answer")
@@ -44,36 +46,36 @@ def load(dataset: str, split: str, count: int | None = None) -> list[Question]:
     `problem` (an `<image>` for each) and `answer`.
 
     Raises:
-        Geo3kError: no such data set or split, other columns, an image that cannot be read.
+        UserError: no such data set or split, other columns, an image that cannot be read.
     """
     local = dataset.startswith((".", "/", "~")) or Path(dataset).exists()
     path = str(Path(dataset).expanduser()) if local else dataset
     if local and not list(Path(path).rglob("*.parquet")):
-        raise Geo3kError(f"--dataset {dataset}: there are no parquet files in it")
+        raise UserError(f"--dataset {dataset}: there are no parquet files in it")
     try:
         # Without progress bars of its own: a small split takes less time than they do.
         datasets.disable_progress_bars()
         builder = datasets.load_dataset_builder(path)
         splits = [str(name) for name in builder.info.splits or builder.config.data_files]
         if split not in splits:
-            raise Geo3kError(f"--split {split}: {dataset} has {', '.join(sorted(splits))}")
+            raise UserError(f"--split {split}: {dataset} has {', '.join(sorted(splits))}")
         data = datasets.load_dataset(path, split=split)
         kind = data.features.get("images")
         if kind == IMAGES:
             data = data.cast_column("images", datasets.List(datasets.Image(decode=False)))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         advice = "" if local else "; without a network, give --dataset a folder of parquet files"
-        kind = UnreachableError if isinstance(error, ConnectionError) else Geo3kError
+        kind = UnreachableError if isinstance(error, ConnectionError) else UserError
         raise kind(f"--dataset {dataset} cannot be loaded: {error}{advice}") from None
     finally:
         datasets.enable_progress_bars()
     if missing := [name for name in COLUMNS if name not in data.column_names]:
-        raise Geo3kError(
+        raise UserError(
             f"--dataset {dataset}: the column {missing[0]!r} is missing from its {split} split, "
             f"which has {', '.join(data.column_names)}; Geo3K has {', '.join(COLUMNS)}"
         )
     if kind != IMAGES:
-        raise Geo3kError(
+        raise UserError(
             f"--dataset {dataset}: the column 'images' holds {kind}, not lists of images"
         )
     if count is not None:
@@ -90,8 +92,8 @@ def question(number: int, row: dict[str, Any], where: str) -> Question:
             with Image.open(source) as opened:
                 images.append(opened.convert("RGB"))
         except (OSError, UnidentifiedImageError, SyntaxError) as error:
-            raise Geo3kError(f"{where}: an image cannot be read: {error}") from None
+            raise UserError(f"{where}: an image cannot be read: {error}") from None
     marks = row["problem"].count(MARK)
     if marks != len(images):
-        raise Geo3kError(f"{where}: {marks} {MARK} marks, {len(images)} images")
+        raise UserError(f"{where}: {marks} {MARK} marks, {len(images)} images")
     return Question(number, row["problem"], images, row["answer"])

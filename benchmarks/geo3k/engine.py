@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tools.parity.engine import STAGE, make_engine, open_image, vllm_name
+from tools.engines import STAGE, make_engine, vllm_name
+from tools.parity.engine import open_image
 
 from .answers import Answers, Asked
 

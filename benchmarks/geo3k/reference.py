@@ -12,7 +12,8 @@ import torch
 import transformers
 from transformers import AutoProcessor
 
-from tools.parity.engine import STAGE, open_image
+from tools.engines import STAGE
+from tools.parity.engine import open_image
 from tools.parity.reference import load
 
 from .answers import Answers, Asked

@@ -38,16 +38,12 @@ def summary(outcome: Outcome) -> dict[str, Any]:
 
 
 def difference(one: Outcome, other: Outcome) -> dict[str, Any]:
-    """The questions on which two runs box different answers, with both responses."""
+    """The numbers of the questions on which two runs box different answers."""
     pairs = list(zip(one.answers, other.answers, strict=True))
     return {
         "runs": [one.run.name, other.run.name],
         "same": sum(a.boxed == b.boxed for a, b in pairs),
-        "differ": [
-            {"number": a.number, "answer": a.answer, "responses": [a.response, b.response]}
-            for a, b in pairs
-            if a.boxed != b.boxed
-        ],
+        "differ": [a.number for a, b in pairs if a.boxed != b.boxed],
     }
 
 
@@ -105,7 +101,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         console.print(f"always answering {guess['answer']}: {guess['share']:.3f}")
     for d in result["differences"]:
         if d["differ"]:
-            numbers = [str(entry["number"]) for entry in d["differ"]]
+            numbers = [str(number) for number in d["differ"]]
             more = f" and {len(numbers) - 10} more" if len(numbers) > 10 else ""
             console.print(
                 f"{d['runs'][1]} differs from {first} on {len(numbers)}: "

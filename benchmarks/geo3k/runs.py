@@ -17,9 +17,9 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tools.parity.run import Job, engine_job, import_path, stopping
+from tools.cli import UserError
+from tools.engines import Job, engine_job, import_path, stopping
 
-from . import Geo3kError
 from .answers import Answered, Asked, read
 from .client import serve_run
 from .data import Question
@@ -40,12 +40,12 @@ class Run:
     def parse(cls, text: str) -> Run:
         mode, _, tree = text.partition("@")
         if mode not in MODES or (tree and mode == "transformers"):
-            raise Geo3kError(
+            raise UserError(
                 f"--runs {text}: a run is eager, compiled or transformers; eager@TREE and "
                 "compiled@TREE are of the vLLM in TREE"
             )
         if tree and not Path(tree, "vllm", "__init__.py").is_file():
-            raise Geo3kError(f"--runs {text}: no vLLM there: it has no vllm/__init__.py")
+            raise UserError(f"--runs {text}: no vLLM there: it has no vllm/__init__.py")
         name = re.sub(r"[^\w.@+-]", "_", f"{mode}@{Path(tree).name}" if tree else mode)
         return cls(name, mode, Path(tree) if tree else None)
 
@@ -90,7 +90,7 @@ def claim(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
     """Makes the folder, or finds it to be, one of these settings.
 
     Raises:
-        Geo3kError: it has answers that were given under others.
+        UserError: it has answers that were given under others.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "settings.json"
@@ -102,7 +102,7 @@ def claim(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
         differing = [key for key in settings if before.get(key) != settings[key]]
         if differing:
             key = differing[0]
-            raise Geo3kError(
+            raise UserError(
                 f"--output-dir {folder} has answers of another evaluation: its {key} is "
                 f"{before.get(key)!r}, not {settings[key]!r}; choose another, or --overwrite"
             )
@@ -131,8 +131,8 @@ def execute(
     """One run after the other; what an earlier call has answered is not asked again.
 
     Raises:
-        ParityError: a process failed; its log is named.
-        Geo3kError: an endpoint failed.
+        UserError: a process failed; its log is named.
+        UserError: an endpoint failed.
     """
     spec = folder / "questions.json"
     spec.write_text(

@@ -20,9 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import machine
-from tools.parity import ParityError
+from tools import cli
+from tools.cli import UserError
 
-from . import SpeedError, plots, results
+from . import plots, results
 from .workers import Variant, workers
 
 ITEMSIZE = 2
@@ -38,16 +39,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     results.add_variants(parser)
-    add("--tokens", type=int, nargs="+", default=[256, 1024, 4096, 8192, 16384], metavar="N")
-    add("--hidden-sizes", type=int, nargs="+", default=[2048, 4096], metavar="N")
+    add(
+        "--tokens",
+        type=cli.positive,
+        nargs="+",
+        default=[256, 1024, 4096, 8192, 16384],
+        metavar="N",
+    )
+    add("--hidden-sizes", type=cli.positive, nargs="+", default=[2048, 4096], metavar="N")
     add("--image-shares", type=float, nargs="+", default=[0.1, 0.5, 1.0], metavar="SHARE")
-    add("--levels", type=int, default=3)
-    add("--image-tokens", type=int, default=1024, metavar="N", help="at most, an image")
-    add("--repeats", type=int, default=31, metavar="N", help="of which the median counts")
+    add("--levels", type=cli.positive, default=3)
+    add("--image-tokens", type=cli.positive, default=1024, metavar="N", help="at most, an image")
+    add("--repeats", type=cli.positive, default=31, metavar="N", help="of which the median counts")
     results.add_output(parser)
     args = parser.parse_args(arguments)
-    if min(*args.tokens, *args.hidden_sizes, args.levels, args.image_tokens, args.repeats) < 1:
-        parser.error("sizes and --repeats must be at least 1")
     if any(not 0 < share <= 1 for share in args.image_shares):
         parser.error("--image-shares must be over 0 and at most 1")
     return args
@@ -63,7 +68,7 @@ def benchmark(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     import torch
 
     if not torch.cuda.is_available():
-        raise SpeedError("this benchmark times a GPU's kernels, and there is no GPU")
+        raise UserError("this benchmark times a GPU's kernels, and there is no GPU")
     results.claim(args.output_dir)
     named = [Variant.parse(text) for text in args.vllm]
     sizes = list(product(args.hidden_sizes, args.tokens, args.image_shares))
@@ -158,15 +163,14 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
-    console = Console(stderr=True)
-    try:
-        result = benchmark(args, console)
-    except (SpeedError, ParityError) as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        return 2
-    results.write(result, args.output_dir / "deepstack.json")
+    return cli.run(lambda: execute(args))
+
+
+def execute(args: argparse.Namespace) -> int:
+    result = benchmark(args, Console(stderr=True))
+    cli.write_json(result, args.output_dir / "deepstack.json")
     plots.deepstack(result, args.output_dir / "deepstack.png")
-    show(result, Console(width=None if Console().is_terminal else 200))
+    show(result, Console(width=cli.width()))
     return 0
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tools.parity.engine import make_engine, vllm_name
+from tools.engines import make_engine, vllm_name
 
 from .models import IMAGE
 from .workers import serve

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .results import device, times
+from .tools import of_which
 
 HERE = Path(__file__).parent
 SECTION = re.compile(r"(<!-- (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -75,11 +76,7 @@ def deepstack(result: dict[str, Any]) -> str:
 
 def tools(result: dict[str, Any]) -> str:
     lines = [
-        [
-            command["name"],
-            f"{command['seconds']:.1f}",
-            ", ".join(f"{part} {seconds:.1f}" for part, seconds in command["parts"].items()),
-        ]
+        [command["name"], f"{command['seconds']:.1f}", of_which(command)]
         for command in result["commands"]
     ]
     return table(["", "seconds", "of which"], lines) + f"\n{versions(result)}\n"

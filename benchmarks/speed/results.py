@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import SpeedError
+from tools.cli import UserError
 
 
 def add_variants(parser: argparse.ArgumentParser) -> None:
@@ -40,20 +39,14 @@ def claim(folder: Path) -> None:
     """Before anything is measured.
 
     Raises:
-        SpeedError: results cannot be written there.
+        UserError: results cannot be written there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SpeedError(f"--output-dir {folder}: {error.strerror}") from None
+        raise UserError(f"--output-dir {folder}: {error.strerror}") from None
     if not os.access(folder, os.W_OK):
-        raise SpeedError(f"--output-dir {folder}: is not writable")
-
-
-def write(result: dict[str, Any], path: Path) -> None:
-    part = path.with_name(f".{path.name}")
-    part.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    os.replace(part, path)
+        raise UserError(f"--output-dir {folder}: is not writable")
 
 
 def spread(values: Any) -> dict[str, float]:

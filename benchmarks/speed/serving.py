@@ -28,9 +28,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.machine import machine
-from tools.parity import ParityError
+from tools import cli
+from tools.cli import UserError
 
-from . import SpeedError, models, plots, results
+from . import models, plots, results
 from .workers import Variant, Worker, workers
 
 OPTIONS = ["--max-num-batched-tokens", "8192", "--enable-chunked-prefill"]
@@ -55,11 +56,11 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add("--model", required=True, help=f"{shapes}: random weights; or a checkpoint's folder")
     results.add_variants(parser)
     add("--eager", metavar="NAME", help="one of them that is run with --enforce-eager, too")
-    add("--batch-sizes", type=int, nargs="*", default=[1, 8, 64, 256], metavar="N")
-    add("--images", type=int, nargs="*", default=[1, 4, 16], metavar="N", help="a request")
-    add("--image-size", type=int, default=1024, metavar="PIXELS", help="of a side")
-    add("--steps", type=int, default=8, metavar="N", help="decode steps timed at a time")
-    add("--rounds", type=int, default=7, metavar="N", help="after one that is not counted")
+    add("--batch-sizes", type=cli.positive, nargs="*", default=[1, 8, 64, 256], metavar="N")
+    add("--images", type=cli.positive, nargs="*", default=[1, 4, 16], metavar="N", help="a request")
+    add("--image-size", type=cli.positive, default=1024, metavar="PIXELS", help="of a side")
+    add("--steps", type=cli.positive, default=8, metavar="N", help="decode steps timed at a time")
+    add("--rounds", type=cli.positive, default=7, metavar="N", help="after one that is not counted")
     add(
         "--starts",
         type=int,
@@ -70,11 +71,6 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     )
     results.add_output(parser)
     args, options = parser.parse_known_args(arguments)
-    for name in ("image_size", "steps", "rounds"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if any(number < 1 for number in [*args.batch_sizes, *args.images]):
-        parser.error("--batch-sizes and --images must be at least 1")
     return args, options
 
 
@@ -82,10 +78,10 @@ def variants(args: argparse.Namespace) -> list[Variant]:
     named = [Variant.parse(text) for text in args.vllm]
     by_name = {variant.name: variant for variant in named}
     if len(by_name) < len(named):
-        raise SpeedError(f"--vllm {' '.join(args.vllm)}: two have the same name")
+        raise UserError(f"--vllm {' '.join(args.vllm)}: two have the same name")
     if args.eager:
         if args.eager not in by_name:
-            raise SpeedError(f"--eager {args.eager}: --vllm names {', '.join(by_name)}")
+            raise UserError(f"--eager {args.eager}: --vllm names {', '.join(by_name)}")
         named.append(Variant(f"{args.eager}-eager", by_name[args.eager].tree, eager=True))
     return named
 
@@ -97,7 +93,7 @@ def engine_options(args: argparse.Namespace, folder: Path) -> list[str]:
     elif Path(args.model).is_dir():
         source = ["--model", args.model]
     else:
-        raise SpeedError(f"--model {args.model}: no folder, and none of {', '.join(models.SHAPES)}")
+        raise UserError(f"--model {args.model}: no folder, and none of {', '.join(models.SHAPES)}")
     others = {"video": 0} | ({"audio": 0} if "omni" in args.model else {})
     limits = json.dumps({"image": max(args.images, default=1)} | others)
     return [*source, *OPTIONS, "--limit-mm-per-prompt", limits]
@@ -299,10 +295,15 @@ def benchmark(args: argparse.Namespace, options: list[str], console: Console) ->
         for number, workloads in enumerate(chain([[]], measure(engines, args, progress))):
             result |= {"rounds": number, "workloads": workloads}
             result["rows"] = rows(result)
-            results.write(result, output(args))
+            cli.write_json(shown(result), output(args))
         for engine in engines:
             engine.stop()
     return result
+
+
+def shown(result: dict[str, Any]) -> dict[str, Any]:
+    """Without the turns, of which the rows have medians and quartiles."""
+    return {key: value for key, value in result.items() if key not in ("starts", "workloads")}
 
 
 def output(args: argparse.Namespace) -> Path:
@@ -311,14 +312,13 @@ def output(args: argparse.Namespace) -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     args, options = parse(arguments)
-    console = Console(stderr=True)
-    try:
-        result = benchmark(args, options, console)
-    except (SpeedError, ParityError) as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        return 2
+    return cli.run(lambda: execute(args, options))
+
+
+def execute(args: argparse.Namespace, options: list[str]) -> int:
+    result = benchmark(args, options, Console(stderr=True))
     plots.serving(result, output(args).with_suffix(".png"))
-    show(result, Console(width=None if Console().is_terminal else 200))
+    show(result, Console(width=cli.width()))
     return 0
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tools.parity.engine import vllm_name
+from tools.engines import vllm_name
 
 from .workers import serve
 

@@ -26,9 +26,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.machine import machine
+from tools import cli
+from tools.cli import UserError
+from tools.overlay.tree import Tree
 from tools.releases import ROOT
 
-from . import SpeedError, plots, results
+from . import plots, results
 
 # Where a line of a command's output begins so, a part of it begins. Engines start side by
 # side, and the compiled one takes longest.
@@ -53,6 +56,14 @@ imported = time.perf_counter()
 Tree(Path(sys.argv[1])).{call}()
 print(imported - began, time.perf_counter() - imported)
 """
+# What `apply` cannot do without.
+LEAST = """
+import sys
+from pathlib import Path
+import libcst
+for file in sys.argv[1:]:
+    libcst.parse_module(Path(file).read_bytes())
+"""
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -61,16 +72,15 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         description=__doc__,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        fromfile_prefix_chars="@",
     )
     add = parser.add_argument
     add("--tree", type=Path, required=True, help="a release as it is installed")
     add("--model", help="the parity check's (default: no parity check)")
     add("--devices", nargs="*", default=["cpu", "cuda"], help="whose wheels are built")
-    add("--repeats", type=int, default=3, help="runs of each (default: 3)")
+    add("--repeats", type=cli.positive, default=3, help="runs of each (default: 3)")
     results.add_output(parser)
     args, options = parser.parse_known_args(arguments)
-    if args.repeats < 1:
-        parser.error("--repeats must be at least 1")
     if not (args.tree / "vllm").is_dir():
         parser.error(f"--tree {args.tree}: is no folder that contains vllm/")
     return args, options
@@ -80,7 +90,7 @@ def run(command: list[str], parts: dict[str, str], **env: str) -> dict[str, Any]
     """Seconds of a command and of its parts, by when its lines begin.
 
     Raises:
-        SpeedError: it failed, with the end of its output.
+        UserError: it failed, with the end of its output.
     """
     began = last = time.perf_counter()
     found: dict[str, float] = {}
@@ -105,7 +115,7 @@ def run(command: list[str], parts: dict[str, str], **env: str) -> dict[str, Any]
     found[part] = found.get(part, 0.0) + now - last
     if code:
         end = "\n".join(output.splitlines()[-20:])
-        raise SpeedError(f"{' '.join(command)} failed with exit code {code}:\n{end}")
+        raise UserError(f"{' '.join(command)} failed with exit code {code}:\n{end}")
     return {"seconds": now - began, "parts": found, "output": output}
 
 
@@ -113,8 +123,12 @@ def apply(tree: Path, repeats: int = 5) -> dict[str, Any]:
     """The command; then its parts, in processes that do the same and look at the clock."""
     overlay = [sys.executable, "-m", "tools.overlay"]
     whole: list[float] = []
+    least: list[float] = []
+    files = [str(root / path) for path in Tree(tree).overlay for root in (ROOT, tree)]
+    files = [file for file in files if Path(file).exists()]
     seconds: dict[str, list[list[float]]] = {"changes": [], "apply": []}
     for _ in range(repeats):
+        least.append(run([sys.executable, "-c", LEAST, *files], {})["seconds"])
         whole.append(run([*overlay, "apply", str(tree)], {})["seconds"])
         run([*overlay, "revert", str(tree)], {})
         for call, found in seconds.items():
@@ -127,6 +141,7 @@ def apply(tree: Path, repeats: int = 5) -> dict[str, Any]:
     parts = {"Python": rest, "imports": imports, "merge": merge, "write": write}
     return {
         "seconds": float(np.median(whole)),
+        "least_seconds": float(np.median(least)),
         "parts": {name: float(part) for name, part in parts.items()},
     }
 
@@ -136,7 +151,15 @@ def median(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
         part: float(np.median([run["parts"][part] for run in runs])) for part in runs[0]["parts"]
     }
     seconds = [run["seconds"] for run in runs]
-    return {"name": name, "seconds": float(np.median(seconds)), "runs": seconds, "parts": parts}
+    told = {"name": name, "seconds": float(np.median(seconds)), "runs": seconds, "parts": parts}
+    least = [run["least_seconds"] for run in runs if "least_seconds" in run]
+    return told | ({"least_seconds": float(np.median(least))} if least else {})
+
+
+def of_which(command: dict[str, Any]) -> str:
+    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in command["parts"].items())
+    least = command.get("least_seconds")
+    return parts + (f"; importing LibCST and parsing alone {least:.1f}" if least else "")
 
 
 def benchmark(args: argparse.Namespace, options: list[str], progress: Progress) -> dict[str, Any]:
@@ -180,23 +203,21 @@ def show(result: dict[str, Any], console: Console) -> None:
     table.add_column("seconds", justify="right")
     table.add_column("of which")
     for command in result["commands"]:
-        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in command["parts"].items())
-        table.add_row(command["name"], f"{command['seconds']:.1f}", parts)
+        table.add_row(command["name"], f"{command['seconds']:.1f}", of_which(command))
     console.print(table)
 
 
 def main(arguments: list[str] | None = None) -> int:
     args, options = parse(arguments)
-    console = Console(stderr=True)
-    try:
-        with results.progress(console) as progress:
-            result = benchmark(args, options, progress)
-    except SpeedError as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        return 2
-    results.write(result, args.output_dir / "tools.json")
+    return cli.run(lambda: execute(args, options))
+
+
+def execute(args: argparse.Namespace, options: list[str]) -> int:
+    with results.progress(Console(stderr=True)) as progress:
+        result = benchmark(args, options, progress)
+    cli.write_json(result, args.output_dir / "tools.json")
     plots.tools(result, args.output_dir / "tools.png")
-    show(result, Console(width=None if Console().is_terminal else 160))
+    show(result, Console(width=cli.width(160)))
     return 0
 
 

@@ -16,10 +16,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from tools.parity import ParityError
-from tools.parity.run import Job, import_path, stopping
-
-from . import SpeedError
+from tools.cli import UserError
+from tools.engines import Job, import_path, stopping
 
 PR_SET_PDEATHSIG = 1
 
@@ -37,11 +35,11 @@ class Variant:
         """`NAME`, `NAME=TREE`.
 
         Raises:
-            SpeedError: there is no vLLM in the tree.
+            UserError: there is no vLLM in the tree.
         """
         name, _, tree = text.partition("=")
         if tree and not (Path(tree) / "vllm").is_dir():
-            raise SpeedError(f"--vllm {text}: {tree} is no folder that contains vllm/")
+            raise UserError(f"--vllm {text}: {tree} is no folder that contains vllm/")
         return cls(name, Path(tree) if tree else None)
 
 
@@ -77,17 +75,13 @@ class Worker:
         """What the last action gave.
 
         Raises:
-            ParityError: the process has ended, with the errors of its log.
+            UserError: the process has ended, with the errors of its log.
         """
         assert self.connection
         try:
             answer = self.connection.recv()
         except (EOFError, ConnectionResetError):
-            assert self.job.process
-            raise ParityError(
-                f"{self.job.name} failed with exit code {self.job.process.wait()}:\n"
-                f"{self.job.error()}\nIts whole log: --logs FOLDER keeps it"
-            ) from None
+            raise self.job.failure("--logs FOLDER keeps it") from None
         self.send_signal(signal.SIGSTOP)
         return answer
 

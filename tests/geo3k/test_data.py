@@ -4,11 +4,12 @@ import datasets
 import pytest
 from PIL import Image
 
-from benchmarks.geo3k import INSTRUCTION, Geo3kError
+from benchmarks.geo3k import INSTRUCTION
 from benchmarks.geo3k.data import load
 from benchmarks.geo3k_nano.dataset import FEATURES
 from benchmarks.geo3k_nano.dataset import main as generate
 from tests.geo3k import NANO
+from tools.cli import UserError
 
 WHITE = Image.new("RGB", (64, 32), "white")
 
@@ -47,7 +48,7 @@ def test_loads_the_shipped_test_split():
 def test_loads_what_the_generator_writes(tmp_path):
     generate([str(tmp_path), "--train", "3", "--validation", "2", "--test", "0"])
     assert [len(load(str(tmp_path), split)) for split in ("train", "validation")] == [3, 2]
-    with pytest.raises(Geo3kError, match="has train, validation"):
+    with pytest.raises(UserError, match="has train, validation"):
         load(str(tmp_path), "test")
 
 
@@ -83,45 +84,45 @@ def test_a_missing_column(write):
             "answer": datasets.Value("string"),
         }
     )
-    with pytest.raises(Geo3kError, match=r"'problem' is missing .* has images, question, answer"):
+    with pytest.raises(UserError, match=r"'problem' is missing .* has images, question, answer"):
         load(write(rows, features), "test")
 
 
 def test_a_column_of_another_kind(write):
     features = datasets.Features(FEATURES | {"images": datasets.Value("string")})
-    with pytest.raises(Geo3kError, match=r"'images' holds Value.*, not lists of images"):
+    with pytest.raises(UserError, match=r"'images' holds Value.*, not lists of images"):
         load(write([row(images="a.png")], features), "test")
 
 
 def test_a_corrupt_image(write, tmp_path):
     folder = write([row(), row(images=[{"bytes": b"\x89PNG\r\n", "path": None}])])
-    with pytest.raises(Geo3kError, match="test split, question 1: an image cannot be read"):
+    with pytest.raises(UserError, match="test split, question 1: an image cannot be read"):
         load(folder, "test")
 
 
 def test_as_many_marks_as_images(write):
-    with pytest.raises(Geo3kError, match="question 0: 0 <image> marks, 1 images"):
+    with pytest.raises(UserError, match="question 0: 0 <image> marks, 1 images"):
         load(write([row(problem="Find x.")]), "test")
 
 
 def test_a_missing_split(write):
-    with pytest.raises(Geo3kError, match=r"--split train: .* has test"):
+    with pytest.raises(UserError, match=r"--split train: .* has test"):
         load(write([row()]), "train")
 
 
 @pytest.mark.parametrize("dataset", ["./nowhere", "{folder}"])
 def test_a_folder_without_parquet_files(dataset, tmp_path):
-    with pytest.raises(Geo3kError, match="no parquet files"):
+    with pytest.raises(UserError, match="no parquet files"):
         load(dataset.format(folder=tmp_path), "test")
 
 
 def test_a_file_that_is_no_parquet(tmp_path):
     (tmp_path / "test.parquet").write_text("nothing")
-    with pytest.raises(Geo3kError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="cannot be loaded"):
         load(str(tmp_path), "test")
 
 
 def test_without_a_network(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(Geo3kError, match=r"geometry3k cannot be loaded.*give --dataset a folder"):
+    with pytest.raises(UserError, match=r"geometry3k cannot be loaded.*give --dataset a folder"):
         load("hiyouga/geometry3k", "test")

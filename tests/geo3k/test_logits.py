@@ -19,9 +19,10 @@ from benchmarks.geo3k.data import Question, load
 from tests.fleet import DTYPE, EAGER, NANO
 from tests.serving.modes import cases
 from tests.serving.soak import DifferenceError
+from tools.engines import engine_job, shared_cores
 from tools.parity.compare import tolerance
 from tools.parity.report import report, show
-from tools.parity.run import Result, engine_job, reference_job, run, shared_cores, write_spec
+from tools.parity.run import Result, reference_job, run, write_spec
 from tools.parity.samples import Sample
 
 from . import NANO as FILES

@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from benchmarks.geo3k import Geo3kError
 from benchmarks.geo3k.__main__ import main
 from benchmarks.geo3k.answers import Answers, Asked, read
 from benchmarks.geo3k.client import serve_run
@@ -17,6 +16,7 @@ from benchmarks.geo3k.data import Question
 from benchmarks.geo3k.report import plot, report, show
 from benchmarks.geo3k.runs import Outcome, Run, claim, fingerprint
 from tests.geo3k import NANO
+from tools.cli import UserError
 
 DATA = ["--dataset", str(NANO / "data")]
 
@@ -76,7 +76,7 @@ def test_answers_to_other_questions_are_not_mixed(tmp_path):
     claim(tmp_path, {"questions_sha256": prints[0]}, overwrite=False)
     claim(tmp_path, {"questions_sha256": prints[0]}, overwrite=False)
     (tmp_path / "eager.jsonl").write_text("")
-    with pytest.raises(Geo3kError, match=r"its questions_sha256 is .* choose another, or --overw"):
+    with pytest.raises(UserError, match=r"its questions_sha256 is .* choose another, or --overw"):
         claim(tmp_path, {"questions_sha256": prints[1]}, overwrite=False)
     claim(tmp_path, {"questions_sha256": prints[1]}, overwrite=True)
     assert not (tmp_path / "eager.jsonl").exists()
@@ -94,7 +94,7 @@ def test_the_report(tmp_path, capsys):
     assert [run["unboxed"] for run in result["runs"]] == [0, 1]
     (difference,) = result["differences"]
     assert difference["same"] == 2
-    assert [entry["number"] for entry in difference["differ"]] == [1, 3]
+    assert difference["differ"] == [1, 3]
     show(json.loads(json.dumps(result)), Console(width=100))
     shown = capsys.readouterr().out
     assert "0.750  0.301–0.954" in shown
@@ -125,7 +125,10 @@ def test_what_cannot_run_says_why(arguments, message, tmp_path, capsys):
     [
         (["--model", "m", "--enforce-eager"], "--runs eager and --runs compiled set this"),
         (["--base-url", "http://x/v1", "--max-model-len", "9"], "endpoints have been given"),
-        (["--model", "m", "--concurrency", "0"], "--concurrency must be at least 1"),
+        (
+            ["--model", "m", "--concurrency", "0"],
+            "--concurrency: 0 is not a whole",
+        ),
         ([], "--model is required"),
     ],
 )
@@ -139,7 +142,7 @@ def test_a_failed_endpoint_keeps_what_was_answered(tmp_path):
     result = tmp_path / "served.json"
     answers = Answers(result.with_suffix(".jsonl"))
     answers.add([(asked("1")[0], "\\boxed{1}", "stop", 5)])
-    with pytest.raises(Geo3kError, match="Answers until now are kept"):
+    with pytest.raises(UserError, match="Answers until now are kept"):
         asyncio.run(serve_run(["http://localhost:9/v1"], "m", asked("1", "2"), 8, 2, result))
     assert len(read(answers.file)) == 1
     assert not result.exists()

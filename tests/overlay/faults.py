@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tools.overlay import OverlayError
+from tools.cli import UserError
 from tools.overlay.tree import Tree
 
 MODELS = "vllm/model_executor/models"
@@ -101,7 +101,7 @@ def faults(tree: Path, folder: Path) -> Iterator[dict[str, Any]]:
                 found = [key for key, files in states.items() if code(files) == code(content(root))]
                 try:
                     getattr(Tree(root, newer), then)()
-                except OverlayError as error:
+                except UserError as error:
                     if then == "apply" or "not applied" not in str(error):
                         raise
                 later = [key for key, files in states.items() if files == content(root)]

@@ -1,4 +1,4 @@
-"""The tables of the README: release × defect, and model × defect, from each release's own code.
+"""The tables of docs/defects.md: release × defect, and model × defect, from each release's own code.
 
 python -m tests.overlay.table
 """
@@ -10,7 +10,7 @@ import tempfile
 from itertools import groupby
 from pathlib import Path
 
-from tools import releases
+from tools import package_index, releases
 from tools.overlay.defects import DEFECTS
 from tools.overlay.status import Status, status
 from tools.overlay.tree import Tree
@@ -72,7 +72,7 @@ if __name__ == "__main__":
         trees = {}
         for version, release in releases.releases().items():
             kept = releases.ROOT / "build" / "sources" / str(version)
-            releases.fetch_sources(release, kept)
+            package_index.fetch_sources(release, kept)
             trees[str(version)] = Path(shutil.copytree(kept, Path(folder) / str(version)))
         found = statuses(trees)
         print(table(found), models_table(found), sep="\n", end="")

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
 
-from tools.overlay import OverlayError
+from tools.cli import UserError
 from tools.overlay.merge import added, is_needed, merge
 
 PATH = "vllm/model_executor/models/tower.py"
@@ -34,7 +34,7 @@ def check(before: str, overlay: str, after: str, release: str = "0.22.1") -> Non
 
 
 def fails(before: str, overlay: str, *words: str, release: str = "0.22.1") -> None:
-    with pytest.raises(OverlayError) as error:
+    with pytest.raises(UserError) as error:
         merged(before, overlay, release)
     for word in (PATH, release, *words):
         assert word in str(error.value)
@@ -546,7 +546,7 @@ class TestReleases:
         "body", ["class A:\n    def f(self):\n        ...\n        a()\n", "..."]
     )
     def test_difference_from_a_file_that_is_not_there_is_an_error(self, body):
-        with pytest.raises(OverlayError, match="upstream has no such file"):
+        with pytest.raises(UserError, match="upstream has no such file"):
             added(body.encode(), path=PATH, release=Version("0.29.0"))
 
     def test_new_file_stays_as_it_is(self):

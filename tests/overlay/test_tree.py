@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from tools import releases
-from tools.overlay import OverlayError, tree
+from tools.cli import UserError
+from tools.overlay import tree
 from tools.overlay.__main__ import main
 from tools.overlay.tree import Tree
 
@@ -69,6 +70,20 @@ def test_diff_apply_and_revert(release_sources, version, capsys):
 
     assert main(["revert", str(root)]) == 0
     assert content(root) == before
+
+
+@pytest.mark.parametrize("call", ["changes", "apply"])
+def test_each_file_is_merged_once(sources, monkeypatch, call):
+    merged, merge = [], tree.merge
+
+    def counted(*files, path, **how):
+        merged.append(path)
+        return merge(*files, path=path, **how)
+
+    monkeypatch.setattr(tree, "merge", counted)
+    getattr(Tree(sources), call)()
+    assert QWEN3_VL in merged
+    assert sorted(merged) == sorted(set(merged))
 
 
 @pytest.mark.parametrize("version", OTHERS)
@@ -133,13 +148,13 @@ class TestErrors:
         (tmp_path / QWEN3_VL).write_text("class Qwen4VLForConditionalGeneration(Base): ...\n")
         before = content(sources)
         with pytest.raises(
-            OverlayError, match=r"qwen3_vl.py: Qwen4VLForConditionalGeneration.*0\.22\.1"
+            UserError, match=r"qwen3_vl.py: Qwen4VLForConditionalGeneration.*0\.22\.1"
         ):
             Tree(sources, tmp_path).apply()
         assert content(sources) == before
 
     def test_no_overlay(self, sources, tmp_path):
-        with pytest.raises(OverlayError, match="no overlay there"):
+        with pytest.raises(UserError, match="no overlay there"):
             Tree(sources, tmp_path)
 
     def test_revert_of_what_was_not_applied(self, sources, capsys):

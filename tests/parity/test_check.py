@@ -13,11 +13,12 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from tools.parity import ParityError
+from tools.cli import UserError
+from tools.engines import Job
 from tools.parity.__main__ import main
 from tools.parity.compare import Run
 from tools.parity.report import report, show
-from tools.parity.run import Job, Result, run
+from tools.parity.run import Result, run
 from tools.parity.samples import Sample, builtin, load, with_images
 
 
@@ -75,13 +76,13 @@ class TestSamples:
         ],
     )
     def test_errors(self, sample_file, line, words):
-        with pytest.raises(ParityError, match=words):
+        with pytest.raises(UserError, match=words):
             load(sample_file({"prompt": "fine"}, line), None)
 
     def test_no_file_and_no_samples(self, tmp_path, sample_file):
-        with pytest.raises(ParityError, match="cannot be read"):
+        with pytest.raises(UserError, match="cannot be read"):
             load(tmp_path / "none.jsonl", None)
-        with pytest.raises(ParityError, match="no samples"):
+        with pytest.raises(UserError, match="no samples"):
             load(sample_file(""), None)
 
     def test_images_go_to_their_marks_or_first(self):
@@ -118,7 +119,7 @@ class TestReport:
         assert not report("m", result(0, 0, dtype="float16"), result(0.2, 0), None, None)["agrees"]
 
     def test_other_tokens_are_an_error(self):
-        with pytest.raises(ParityError, match="compiled was given other tokens"):
+        with pytest.raises(UserError, match="compiled was given other tokens"):
             report("m", result(0, 0), result(0, 0, prompt=(1, 3)), None, None)
 
     def test_reference_is_a_third_column(self):
@@ -171,7 +172,7 @@ class TestErrors:
     def test_failed_worker_shows_its_own_error(self, tmp_path):
         job = Job("eager", "tests.parity.broken_worker", [], {"PYTHONPATH": "."}, tmp_path)
         with pytest.raises(
-            ParityError, match=r"eager failed with exit code 1:\nValueError: no such thing"
+            UserError, match=r"eager failed with exit code 1:\nValueError: no such thing"
         ) as error:
             run([job], tmp_path / "job.json", Console(file=StringIO()), False)
         assert str(job.log) in str(error.value)

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from tools.parity import ParityError
+from tools.engines import engine_job, stopping
 from tools.parity.compare import Run
 from tools.parity.engine import answer, logits
-from tools.parity.run import Result, engine_job, stopping
+from tools.parity.run import Result
 
 from .streams import Request, Text
 
@@ -32,7 +32,7 @@ class Engine:
     Any process may use it that has forked off from the one that made it, one at a time.
 
     Raises, at any use:
-        ParityError: the engine died; the message has its own errors.
+        UserError: the engine died; the message has its own errors.
     """
 
     def __init__(
@@ -58,12 +58,7 @@ class Engine:
                 if answered == number:  # and not what a test that was ended has asked
                     return given
         except (EOFError, ConnectionError):
-            raise self._death() from None
-
-    def _death(self) -> ParityError:
-        assert self.job.process
-        self.job.process.wait()
-        return ParityError(f"{self.job.name} died:\n{self.job.error()}")
+            raise self.job.failure() from None
 
     def serve(self, stream: list[Request], threshold: int = 0) -> list[Run]:
         """What each request got, served together as they join: a ValueError if it was refused.

@@ -23,9 +23,9 @@ from hypothesis import HealthCheck, Phase
 from hypothesis.errors import Flaky
 from tqdm import tqdm
 
-from tools.parity import ParityError
+from tools.cli import UserError
+from tools.engines import shared_cores
 from tools.parity.compare import TOLERANCE, Difference, Run, compare
-from tools.parity.run import shared_cores
 
 from .engine import Engine
 from .streams import LIMITS, MAX_MODEL_LEN, Request, streams
@@ -93,10 +93,10 @@ class Soak:
 
         Raises:
             DifferenceError: a request differs; the notes have the shrunk stream and the seed.
-        ParityError: an engine died; the notes have the stream.
+        UserError: an engine died; the notes have the stream.
         """
         budget = self.served.budget()
-        died: list[ParityError] = []  # what Hypothesis must not take for a failure to shrink
+        died: list[UserError] = []  # what Hypothesis must not take for a failure to shrink
         with tqdm(total=count, unit="request", disable=None) as bar:
 
             @hypothesis.seed(seed)
@@ -113,7 +113,7 @@ class Soak:
                     return
                 try:
                     self.check(stream)
-                except ParityError as error:
+                except UserError as error:
                     error.add_note(f"while it served, with --seed {seed}: {stream}")
                     died.append(error)
                 bar.update(len(stream))
@@ -201,7 +201,7 @@ def main() -> int:
         served, oracle = engines
         soak = Soak(served, oracle, args.tolerance or TOLERANCE[args.dtype])
         soak.run(modalities(args.model), args.num_requests, args.seed)
-    except ParityError as error:
+    except UserError as error:
         notes = getattr(error, "__notes__", [])
         print("\n".join([f"error: {error}", *notes, f"logs: {folder}"]), file=sys.stderr)
         return 2

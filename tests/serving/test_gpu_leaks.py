@@ -47,9 +47,10 @@ def images_then_texts() -> list[Request]:
     return stream
 
 
-def ends_in_image(*parts: Text | Picture, then_text: bool, **how: int) -> Request:
+def ends_in_image(parts: tuple[Text | Picture, ...], max_tokens: int, then_text: bool) -> Request:
     """A prompt whose last token is an image's; or with an end mark and a text after it."""
-    return Request((*parts, Text(1)) if then_text else parts, closed=then_text, **how)
+    parts = (*parts, Text(1)) if then_text else parts
+    return Request(parts, max_tokens, closed=then_text, joins_after=OVERLAPPING)
 
 
 def image_ends_prompt(then_text: bool) -> list[Request]:
@@ -60,15 +61,7 @@ def image_ends_prompt(then_text: bool) -> list[Request]:
         stream += texts(number, 1 + number % 4, IDLE, max_tokens=12)
         picture = Picture(96, 64 + 32 * (number % 2), number)
         before = Text(CHUNK - picture.tokens(), number)  # beside the image's start
-        stream.append(
-            ends_in_image(
-                before,
-                picture,
-                then_text=then_text,
-                max_tokens=1 + number % 3,
-                joins_after=OVERLAPPING,
-            )
-        )
+        stream.append(ends_in_image((before, picture), 1 + number % 3, then_text))
         stream += texts(number + 50, 1, OVERLAPPING, max_tokens=4)
     return stream
 
@@ -81,11 +74,10 @@ def image_trickles(then_text: bool) -> list[Request]:
         stream += texts(number + 20, 1, IDLE, max_tokens=16)
         picture = Picture(64, 64 + 32 * (number % 2), number)
         parts = (Text(3, number), picture)
-        how = {"max_tokens": 3, "joins_after": OVERLAPPING}
         if number % 3:
-            stream.append(Request((*parts, Text(2, number)), **how))
+            stream.append(Request((*parts, Text(2, number)), 3, joins_after=OVERLAPPING))
         else:
-            stream.append(ends_in_image(*parts, then_text=then_text, **how))
+            stream.append(ends_in_image(parts, 3, then_text))
         stream += texts(number + 40, 1, OVERLAPPING * (number % 2), max_tokens=6)
     return stream
 

@@ -19,10 +19,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.speed import SpeedError, deepstack, page, results, serving, staging, tools
+from benchmarks.speed import deepstack, page, serving, staging, tools
 from benchmarks.speed.models import SHAPES, write
 from benchmarks.speed.workers import Variant, workers
-from tools.parity import ParityError
+from tools.cli import UserError
 
 
 def test_page_has_what_the_results_say():
@@ -81,7 +81,7 @@ def test_a_worker_that_fails_says_why(tmp_path):
     named = [Variant("fork", None)]
     with workers(named, "tests.parity.broken_worker", tmp_path) as (worker,):
         worker.start()
-        with pytest.raises(ParityError, match="exit code 1"):
+        with pytest.raises(UserError, match="exit code 1"):
             worker.ask("start", options=[])
     assert (tmp_path / "fork.log").exists()
 
@@ -137,7 +137,7 @@ def test_parts_of_a_command_begin_where_its_lines_begin():
     assert list(told["parts"]) == ["Python", "first", "second"]
     assert sum(told["parts"].values()) == pytest.approx(told["seconds"])
     assert all(earlier > 0 for earlier, _ in pairwise(told["parts"].values()))
-    with pytest.raises(SpeedError, match="exit code 3:\nwhy"):
+    with pytest.raises(UserError, match="exit code 3:\nwhy"):
         tools.run([sys.executable, "-c", "print('why'); raise SystemExit(3)"], {})
 
 
@@ -154,17 +154,16 @@ def test_overlay_apply_is_taken_apart_and_taken_back(stock_tree, tmp_path):
 @pytest.mark.optional
 def test_serving_on_two_engines(models, stock_tree, tmp_path, monkeypatch):
     """In turn, the release and the fork; the release is what ratios are to."""
-    write, kept = results.write, []
-    monkeypatch.setattr(
-        results, "write", lambda *what: kept.append(what[0]["rounds"]) or write(*what)
-    )
+    shown, kept = serving.shown, []
+    monkeypatch.setattr(serving, "shown", lambda result: kept.append({**result}) or shown(result))
     options = ["--dtype", "float32", "--max-model-len", "512", "--max-num-batched-tokens", "256"]
     sizes = ["--batch-sizes", "1", "2", "--images", "1", "2", "--image-size", "128"]
     sizes += ["--steps", "4", "--rounds", "2"]
     named = ["--vllm", f"stock={stock_tree}", "fork", "--gpu-memory-utilization", "0.3"]
     model = ["--model", str(models["qwen3_vl"]), "--output-dir", str(tmp_path)]
     assert serving.main([*model, *named, *sizes, *options, "--logs", str(tmp_path / "logs")]) == 0
-    assert kept == [0, 1, 2]  # a run that is stopped leaves what it has done
+    # A run that is stopped leaves what it has done.
+    assert [len(one["workloads"]) > 0 for one in kept] == [False, True, True]
     result = json.loads((tmp_path / "serving-qwen3_vl.json").read_text())
     assert (tmp_path / "serving-qwen3_vl.png").stat().st_size > 10_000
     assert {name: "deepstack" in told["vllm"] for name, told in result["vllm"].items()} == {
@@ -177,7 +176,7 @@ def test_serving_on_two_engines(models, stock_tree, tmp_path, monkeypatch):
     for row in result["rows"]:
         assert row["seconds"]["low"] > 0
         assert row["vllm"] == "fork" or row["ratio"]["median"] == 1
-    for workload in result["workloads"]:
+    for workload in kept[-1]["workloads"]:
         times = 2 * workload["turns"]
         assert [len(rounds) for rounds in workload["rounds"].values()] == [times, times]
         if workload["action"] == "prefill":

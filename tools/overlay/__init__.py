@@ -4,7 +4,3 @@ __version__ = "2"
 
 # The console script of the distribution, or the module in the repository.
 PROGRAM = "python -m tools.overlay" if __name__.startswith("tools") else "vllm-deepstack"
-
-
-class OverlayError(Exception):
-    """Something does not fit; the message says what, where, and what to do."""

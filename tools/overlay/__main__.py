@@ -10,7 +10,9 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from . import PROGRAM, OverlayError
+from .. import cli
+from ..cli import UserError
+from . import PROGRAM
 from .status import UNKNOWN, status
 from .tree import OVERLAY, Tree
 
@@ -52,29 +54,29 @@ def main(arguments: list[str] | None = None) -> int:
     for option, given in (("--json", args.json), ("--cache-dir", args.cache_dir)):
         if given and args.verb != "status":
             parser.error(f"{option} is for status")
-    try:
-        args.tree = args.tree or installed()
-        if args.verb == "status":
-            found = status(args.tree, args.overlay, args.cache_dir)
-            print(found.json() if args.json else found.text())
-            return found.code
-        tree = Tree(args.tree, args.overlay)
-        name = f"vLLM {tree.release.version} in {tree.root}"
-        if args.verb == "diff":
-            for change in tree.changes():
-                sys.stdout.writelines(change.diff())
-        elif args.verb == "apply":
-            changes = tree.apply()
-            for change in changes:
-                print(f"{'added' if change.before is None else 'merged'} {change.path}")
-            print(f"{name}: the overlay is applied" if changes else f"{name}: nothing to change")
-        else:
-            for path in tree.revert():
-                print(f"restored {path}")
-            print(f"{name}: as it was before the overlay")
-    except OverlayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return UNKNOWN if args.verb == "status" else 1
+    return cli.run(lambda: execute(args), failed=UNKNOWN if args.verb == "status" else 1)
+
+
+def execute(args: argparse.Namespace) -> int:
+    root = args.tree or installed()
+    if args.verb == "status":
+        found = status(root, args.overlay, args.cache_dir)
+        print(found.json() if args.json else found.text())
+        return found.code
+    tree = Tree(root, args.overlay)
+    name = f"vLLM {tree.release.version} in {tree.root}"
+    if args.verb == "diff":
+        for change in tree.changes():
+            sys.stdout.writelines(change.diff())
+    elif args.verb == "apply":
+        changes = tree.apply()
+        for change in changes:
+            print(f"{'added' if change.before is None else 'merged'} {change.path}")
+        print(f"{name}: the overlay is applied" if changes else f"{name}: nothing to change")
+    else:
+        for path in tree.revert():
+            print(f"restored {path}")
+        print(f"{name}: as it was before the overlay")
     return 0
 
 
@@ -82,9 +84,7 @@ def installed() -> Path:
     """The folder of the vLLM that this Python would import."""
     spec = find_spec("vllm")
     if not spec or not spec.origin:
-        raise OverlayError(
-            "no vLLM is installed for this Python: name a folder that contains vllm/"
-        )
+        raise UserError("no vLLM is installed for this Python: name a folder that contains vllm/")
     return Path(spec.origin).parents[1]
 
 

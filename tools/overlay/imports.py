@@ -7,8 +7,8 @@ from collections.abc import Set
 import libcst as cst
 from libcst.helpers import get_full_name_for_node
 
-from . import OverlayError
-from .splice import Statement, is_docstring, leading_lines, names, single, source
+from ..cli import UserError
+from .syntax import Statement, defined_name, is_docstring, leading_lines, single, source
 
 Name = tuple[str, str, str]  # module, name in the module, name it is bound to
 
@@ -17,19 +17,19 @@ def add_imports(ours: list[Statement], theirs: list[Statement]) -> list[Statemen
     """Adds what `theirs` does not import yet, in isort's order among its own kind.
 
     Raises:
-        OverlayError: an import of `*`, or of a name that means something else upstream.
+        UserError: an import of `*`, or of a name that means something else upstream.
     """
     body = list(theirs)
     present = {name for s in theirs for name in imported(s)}
-    bound = {name for _, _, name in present} | {names(s) for s in theirs}
+    bound = {name for _, _, name in present} | {defined_name(s) for s in theirs}
     for statement in ours:
         small = single(statement)
         if isinstance(small, cst.ImportFrom) and isinstance(small.names, cst.ImportStar):
-            raise OverlayError(f"`{source(statement)}` cannot be merged: name what it imports")
+            raise UserError(f"`{source(statement)}` cannot be merged: name what it imports")
         missing = [name for name in imported(statement) if name not in present]
         for _, _, name in missing:
             if name in bound:
-                raise OverlayError(f"`{source(statement)}`: {name} is something else upstream")
+                raise UserError(f"`{source(statement)}`: {name} is something else upstream")
         if missing:
             insert(only(statement, set(missing)), body)
     return body

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import PurePosixPath
 
 import libcst as cst
@@ -12,28 +15,40 @@ from libcst.helpers import get_absolute_module_for_import
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import Version
 
-from . import OverlayError
+from ..cli import UserError
 from .imports import add_imports, imported
-from .splice import (
+from .splice import is_spliced, splice
+from .syntax import (
+    Statement,
+    defined_name,
     is_docstring,
     is_ellipsis,
-    is_spliced,
     leading_lines,
     meaning,
-    names,
     single,
     source,
-    splice,
     statements,
     with_statements,
 )
-
-Statement = cst.BaseStatement
 
 # `# release: <0.23` on the line above a definition: only releases in this range need it.
 RELEASE = re.compile(r"#\s*release:\s*(.*)")
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without garbage collection: trees have 100,000 nodes, none of which is garbage, and going
+    through them takes a third of a merge's time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@uncollected()
 def merge(
     ours: bytes, theirs: bytes, *, path: str, release: Version, overlay: Mapping[str, bytes]
 ) -> bytes:
@@ -43,7 +58,7 @@ def merge(
     files by path, to tell which base classes the fork provides.
 
     Raises:
-        OverlayError: a definition, anchor or signature does not fit this release.
+        UserError: a definition, anchor or signature does not fit this release.
     """
     merger = _Merger(path, release, overlay)
     module = merger.parse(theirs, "upstream's file")
@@ -55,14 +70,14 @@ def added(ours: bytes, *, path: str, release: Version) -> bytes:
     """Returns an overlay file that upstream has not, as it is.
 
     Raises:
-        OverlayError: it is a difference from a file of upstream's.
+        UserError: it is a difference from a file of upstream's.
     """
     merger = _Merger(path, release, {})
     for statement in merger.parse(ours, "the overlay's file").body:
         members = statements(statement.body) if isinstance(statement, cst.ClassDef) else []
         for definition in (statement, *members):
             if is_ellipsis(definition) or is_spliced(definition):
-                raise merger.error(names(statement), "upstream has no such file")
+                raise merger.error(defined_name(statement), "upstream has no such file")
     return ours
 
 
@@ -70,7 +85,7 @@ def is_needed(ours: bytes, *, path: str, release: Version) -> bool:
     """Whether a release needs an overlay file, by a `# release:` above the file's docstring.
 
     Raises:
-        OverlayError: that is no version specifier.
+        UserError: that is no version specifier.
     """
     merger = _Merger(path, release, {})
     module = merger.parse(ours, "the overlay's file")
@@ -95,12 +110,12 @@ class _Merger:
     overlay: Mapping[str, bytes]
     provided: dict[str, Set[str]] = field(default_factory=dict)
 
-    def error(self, definition: str, problem: object) -> OverlayError:
-        return OverlayError(f"{self.path}: {definition}: {problem} (vLLM {self.release})")
+    def error(self, definition: str, problem: object) -> UserError:
+        return UserError(f"{self.path}: {definition}: {problem} (vLLM {self.release})")
 
     def parse(self, text: bytes, what: str) -> cst.Module:
         try:
-            return cst.parse_module(text)
+            return parsed(text)
         except (cst.ParserSyntaxError, UnicodeDecodeError) as error:
             raise self.error(what, f"does not parse: {error}") from None
 
@@ -110,7 +125,7 @@ class _Merger:
         imports = [s for s in wanted if isinstance(single(s), (cst.Import, cst.ImportFrom))]
         try:
             body = add_imports(imports, list(theirs.body))
-        except OverlayError as error:
+        except UserError as error:
             raise self.error("imports", error) from None
         body = self.members([s for s in wanted if s not in imports], body, "")
         return theirs if body == list(theirs.body) else theirs.with_changes(body=body)
@@ -122,7 +137,7 @@ class _Merger:
             if is_docstring(statement):
                 continue
             for line, specifier in specifiers(leading_lines(statement)):
-                if not self.fits(specifier, names(statement) or where):
+                if not self.fits(specifier, defined_name(statement) or where):
                     break
                 statement = statement.deep_remove(line)  # type: ignore[assignment]
             else:
@@ -145,21 +160,23 @@ class _Merger:
         body = list(theirs)
         following: str | None = None
         for statement in reversed(ours):
-            name = names(statement)
+            name = defined_name(statement)
             definition = f"{owner}.{name}" if owner else name
             if not name:
                 raise self.error(
                     owner or "module",
                     f"`{source(statement)}` is no definition: it cannot be merged",
                 )
-            found = [i for i, other in enumerate(body) if names(other) == name]
+            found = [i for i, other in enumerate(body) if defined_name(other) == name]
             if len(found) > 1:
                 raise self.error(definition, f"upstream defines it {len(found)} times")
             if found:
                 body[found[0]] = self.definition(statement, body[found[0]], definition)
             else:
                 self.check_new(statement, definition, body)
-                at = next((i for i, s in enumerate(body) if names(s) == following), len(body))
+                at = next(
+                    (i for i, s in enumerate(body) if defined_name(s) == following), len(body)
+                )
                 body.insert(at, spaced(statement, 1 if owner else 2))
             following = name
         return body
@@ -173,7 +190,7 @@ class _Merger:
             assert isinstance(theirs, cst.FunctionDef)
             try:
                 return splice(ours, theirs)
-            except OverlayError as error:
+            except UserError as error:
                 raise self.error(name, error) from None
         if meaning(ours) == meaning(theirs):
             return theirs
@@ -194,7 +211,7 @@ class _Merger:
         if ours.keywords or ours.decorators:
             raise self.error(name, "keywords and decorators of a class cannot be merged")
         members = [s for s in self.wanted(statements(ours.body), name) if not is_ellipsis(s)]
-        kept = {names(s) for s in members}
+        kept = {defined_name(s) for s in members}
         taken_over = {
             method
             for base in ours.bases
@@ -226,7 +243,7 @@ class _Merger:
                 continue
             classes = {
                 s.name.value: s
-                for s in cst.parse_module(self.overlay[path]).body
+                for s in parsed(self.overlay[path]).body
                 if isinstance(s, cst.ClassDef)
             }
             for _, original, name in imported(statement):
@@ -237,6 +254,12 @@ class _Merger:
                         if isinstance(s, cst.FunctionDef)
                     }
         return found
+
+
+@lru_cache
+def parsed(text: bytes) -> cst.Module:
+    """A module of LibCST's, which cannot be changed: an overlay file is asked for several times."""
+    return cst.parse_module(text)
 
 
 def with_header(module: cst.Module) -> Sequence[Statement]:

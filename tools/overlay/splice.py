@@ -4,78 +4,24 @@ from __future__ import annotations
 
 import ast
 import re
-import textwrap
-from collections.abc import Sequence
+from functools import cache
 
 import libcst as cst
 
-from . import OverlayError
+from ..cli import UserError
+from .syntax import (
+    Statement,
+    is_docstring,
+    is_ellipsis,
+    leading_lines,
+    source,
+    statements,
+    with_statements,
+)
 
 Function = cst.FunctionDef
-Statement = cst.BaseStatement
 BLOCKS = (cst.If, cst.For, cst.While, cst.With)
 REMOVE = re.compile(r"#\s*remove\b")
-
-
-def source(node: cst.CSTNode) -> str:
-    return textwrap.dedent(cst.Module([]).code_for_node(node)).strip()
-
-
-def meaning(node: cst.CSTNode) -> str:
-    """Equal for two nodes that differ in layout and comments only."""
-    return ast.dump(ast.parse(source(node)))
-
-
-def single(statement: cst.CSTNode) -> cst.BaseSmallStatement | None:
-    """The small statement that has a line to itself."""
-    if isinstance(statement, cst.SimpleStatementLine) and len(statement.body) == 1:
-        return statement.body[0]
-    return None
-
-
-def names(statement: cst.CSTNode) -> str:
-    """What a statement defines: a function, a class or a variable. Empty if none."""
-    if isinstance(statement, (cst.FunctionDef, cst.ClassDef)):
-        return statement.name.value
-    small = single(statement)
-    target: cst.CSTNode | None = None
-    if isinstance(small, cst.AnnAssign):
-        target = small.target
-    elif isinstance(small, cst.Assign) and len(small.targets) == 1:
-        target = small.targets[0].target
-    return target.value if isinstance(target, cst.Name) else ""
-
-
-def leading_lines(statement: Statement) -> Sequence[cst.EmptyLine]:
-    return getattr(statement, "leading_lines", ())
-
-
-def is_ellipsis(statement: cst.CSTNode) -> bool:
-    small = single(statement)
-    return isinstance(small, cst.Expr) and isinstance(small.value, cst.Ellipsis)
-
-
-def is_docstring(statement: cst.CSTNode) -> bool:
-    small = single(statement)
-    return isinstance(small, cst.Expr) and isinstance(
-        small.value, (cst.SimpleString, cst.ConcatenatedString)
-    )
-
-
-def statements(suite: cst.BaseSuite) -> list[Statement]:
-    """The suite's statements; those on the line of its `def` or `class`, a line each."""
-    return [
-        s
-        if isinstance(s, cst.BaseStatement)
-        else cst.SimpleStatementLine([s.with_changes(semicolon=cst.MaybeSentinel.DEFAULT)])
-        for s in suite.body
-    ]
-
-
-def with_statements(suite: cst.BaseSuite, body: Sequence[Statement]) -> cst.BaseSuite:
-    if isinstance(suite, cst.IndentedBlock):
-        return suite.with_changes(body=body)
-    return cst.IndentedBlock(body)
 
 
 def removed(statement: Statement) -> cst.EmptyLine | None:
@@ -118,10 +64,10 @@ def splice(ours: Function, theirs: Function) -> Function:
         ...
 
     Raises:
-        OverlayError: the signatures differ, or an anchor is missing or ambiguous.
+        UserError: the signatures differ, or an anchor is missing or ambiguous.
     """
     if _signature(ours) != _signature(theirs):
-        raise OverlayError(
+        raise UserError(
             f"its signature is `{_signature(ours)}`, upstream's is `{_signature(theirs)}`"
         )
     old = statements(theirs.body)
@@ -161,7 +107,7 @@ def _splice(pattern: list[Statement], theirs: list[Statement]) -> list[Statement
             start = 0 if first else found[0]
             end = len(theirs) if last else found[-1] + 1
             if found != list(range(start, end)) or start < done:
-                raise OverlayError(
+                raise UserError(
                     f"around `{source(theirs[found[0]])}` upstream has other statements, or "
                     "the same in another order: write `...` for those the overlay leaves out"
                 )
@@ -170,7 +116,7 @@ def _splice(pattern: list[Statement], theirs: list[Statement]) -> list[Statement
         elif last:
             body += theirs[done:]
         elif not first:
-            raise OverlayError(
+            raise UserError(
                 "between two `...` there has to be a statement of upstream's, to say where; "
                 "upstream has no " + (" and no ".join(f"`{source(s)}`" for s in group) or "such")
             )
@@ -197,20 +143,25 @@ def _find(statement: Statement, theirs: list[Statement]) -> int | None:
     """Where upstream has a statement.
 
     Raises:
-        OverlayError: more than once, or not at all though it has to.
+        UserError: more than once, or not at all though it has to.
     """
     wanted = _anchor(statement, statement)
     found = [i for i, other in enumerate(theirs) if _anchor(other, statement) == wanted]
     if len(found) > 1:
-        raise OverlayError(f"upstream has the anchor `{wanted}` {len(found)} times")
+        raise UserError(f"upstream has the anchor `{wanted}` {len(found)} times")
     if not found and (removed(statement) or is_spliced(statement)):
-        raise OverlayError(f"upstream has no `{wanted}`")
+        raise UserError(f"upstream has no `{wanted}`")
     return found[0] if found else None
 
 
 def _anchor(statement: Statement, ours: Statement) -> str:
     """What has to be equal: of a block that is spliced its first line, else all of it."""
-    if is_spliced(ours) and isinstance(statement, BLOCKS):
+    return _text(statement, isinstance(statement, BLOCKS) and is_spliced(ours))
+
+
+@cache  # upstream's statements are compared with each of the overlay's
+def _text(statement: Statement, first_line: bool) -> str:
+    if first_line:
         changes = {"orelse": None} if hasattr(statement, "orelse") else {}
         body = cst.IndentedBlock([cst.SimpleStatementLine([cst.Pass()])])
         statement = statement.with_changes(body=body, leading_lines=[], **changes)

@@ -9,7 +9,8 @@ from pathlib import Path
 from packaging.version import InvalidVersion, Version
 
 from .. import releases
-from . import PROGRAM, OverlayError
+from ..cli import UserError
+from . import PROGRAM
 from .compile_cache import warnings
 from .defects import DEFECTS, EVERYWHERE, KINDS, MODELS, Model, Unreadable, drops_levels
 from .tree import OVERLAY, STATE, Tree, assigned
@@ -159,5 +160,5 @@ def overlay_state(root: Path, overlay: Path) -> str:
         return "not applied"
     try:
         return "another version" if Tree(root, overlay).changes() else "applied"
-    except OverlayError:
+    except UserError:
         return "another version"

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 
-from . import OverlayError
+from ..cli import UserError
 
 STATE = ".vllm-deepstack"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
@@ -35,14 +35,14 @@ def locked(root: Path) -> Iterator[None]:
     """One at a time.
 
     Raises:
-        OverlayError: another is at work.
+        UserError: another is at work.
     """
     handle = os.open(root, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise OverlayError(
+        raise UserError(
             f"{root}: another apply or revert is at work here; try again when it is done"
         ) from None
     finally:
@@ -136,7 +136,7 @@ class Transaction:
         Returns the files' paths.
 
         Raises:
-            OverlayError: a file is neither the original nor what was put there.
+            UserError: a file is neither the original nor what was put there.
         """
         manifest = self.manifest()
         assert manifest
@@ -149,7 +149,7 @@ class Transaction:
             if now == self.digest(before[path]):
                 continue
             if now != after:
-                raise OverlayError(
+                raise UserError(
                     f"{self.root / path}: edited since the overlay was applied; "
                     "undo that edit first"
                 )

@@ -9,7 +9,6 @@ Exit code: 0 they agree, 1 they diverge, 2 the check could not run.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import tempfile
@@ -17,9 +16,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from . import ParityError
+from tools import cli
+from tools.cli import UserError
+from tools.engines import engine_job, shared_cores
+
 from .report import Report, report, show
-from .run import engine_job, reference_job, run, shared_cores, write_spec
+from .run import reference_job, run, write_spec
 from .samples import FORMAT, Sample, builtin, load
 
 # What the check itself decides; given to an engine they would undo it.
@@ -38,15 +40,18 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         description=__doc__,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        fromfile_prefix_chars="@",
     )
     parser.add_argument(
         "--model", required=True, help="a checkpoint's folder, or its name on the hub"
     )
     parser.add_argument("--samples", type=Path, help=f"JSON lines (default: built in); {FORMAT}")
     parser.add_argument(
-        "--num-samples", type=int, help="how many samples (default: all; 5 built-in ones)"
+        "--num-samples", type=cli.positive, help="how many samples (default: all; 5 built-in ones)"
     )
-    parser.add_argument("--max-tokens", type=int, default=8, help="tokens a sample (default: 8)")
+    parser.add_argument(
+        "--max-tokens", type=cli.positive, default=8, help="tokens a sample (default: 8)"
+    )
     parser.add_argument("--dtype", default="auto", help="as vLLM has it (default: auto)")
     parser.add_argument(
         "--tolerance", type=float, help="largest |Δlogit| that is agreement (default: by dtype)"
@@ -77,9 +82,6 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     for option in options:
         if option.split("=")[0] in OWN:
             parser.error(f"{option}: the check sets this itself")
-    for name in ("num_samples", "max_tokens"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
     return args, options
 
 
@@ -88,9 +90,9 @@ def check(args: argparse.Namespace, options: list[str], folder: Path, console: C
         args.model.startswith(("/", "./", "../", "~"))
         and not Path(args.model).expanduser().is_dir()
     ):
-        raise ParityError(f"--model {args.model}: there is no such folder")
+        raise UserError(f"--model {args.model}: there is no such folder")
     if args.vllm and not (args.vllm / "vllm" / "__init__.py").is_file():
-        raise ParityError(f"--vllm {args.vllm}: no vLLM there: it has no vllm/__init__.py")
+        raise UserError(f"--vllm {args.vllm}: no vLLM there: it has no vllm/__init__.py")
     if args.samples:
         samples = load(args.samples, args.num_samples)
     else:
@@ -120,22 +122,20 @@ def check(args: argparse.Namespace, options: list[str], folder: Path, console: C
 
 def main(arguments: list[str] | None = None) -> int:
     args, options = parse(arguments)
-    console = Console(stderr=True)
+    return cli.run(lambda: execute(args, options))
+
+
+def execute(args: argparse.Namespace, options: list[str]) -> int:
     folder = args.logs or Path(tempfile.mkdtemp(prefix="parity."))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        result = check(args, options, folder.resolve(), console)
-    except ParityError as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        return 2
+    folder.mkdir(parents=True, exist_ok=True)
+    result = check(args, options, folder.resolve(), Console(stderr=True))
     if not args.logs:
         shutil.rmtree(folder)
     if args.json == "-":
-        json.dump(result, sys.stdout, indent=2)
+        print(cli.dumps(dict(result)), end="")
     else:
         if args.json:
-            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-            Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+            cli.write_json(dict(result), Path(args.json))
         show([result], Console())
     return 0 if result["agrees"] else 1
 

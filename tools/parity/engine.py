@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from .samples import Sample, with_images
+from tools.engines import STAGE, make_engine, vllm_name
 
-STAGE = "[parity] "
+from .samples import Sample, with_images
 
 
 def main(job: str, result: str, options: list[str]) -> None:
@@ -53,24 +52,6 @@ def answer(llm: Any, spec: Path, result: Path) -> None:
     part = result.with_suffix(".part.npz")
     np.savez(part, meta=np.array(json.dumps(meta)), **arrays)
     part.replace(result)
-
-
-def make_engine(options: list[str]) -> Any:
-    """An engine with the options of `vllm serve`."""
-    from vllm import LLM
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    return LLM(**vars(EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(options)))
-
-
-def vllm_name() -> str:
-    """The version of the vLLM that is imported; of a patched one, with a word that it is."""
-    from vllm import __version__
-
-    if "deepstack" not in __version__ and find_spec("vllm.model_executor.models.deepstack"):
-        return f"{__version__} with the overlay"  # in place, it keeps its release's version
-    return __version__
 
 
 def generate(llm: Any, samples: list[Sample], sampling: Any) -> list[Any]:

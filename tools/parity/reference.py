@@ -12,7 +12,9 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
-from .engine import STAGE, open_image
+from tools.engines import STAGE
+
+from .engine import open_image
 from .samples import Sample, with_images
 
 

@@ -13,7 +13,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import ParityError
+from tools.cli import UserError
+
 from .compare import TOLERANCE, Difference, compare
 from .run import Result
 
@@ -26,7 +27,7 @@ def report(
     """Compares the results, sample by sample.
 
     Raises:
-        ParityError: the engines were not given the same tokens.
+        UserError: the engines were not given the same tokens.
     """
     dtype = eager.meta["dtype"]
     tolerance = TOLERANCE.get(dtype, TOLERANCE["bfloat16"]) if tolerance is None else tolerance
@@ -34,7 +35,7 @@ def report(
     for i, prompt in enumerate(eager.prompts):
         for name, other in (("compiled", compiled), ("Transformers", reference)):
             if other is not None and not np.array_equal(prompt, other.prompts[i]):
-                raise ParityError(
+                raise UserError(
                     f"sample {i + 1}: {name} was given other tokens than eager: "
                     f"{len(other.prompts[i])} and {len(prompt)} of them"
                 )

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, UnidentifiedImageError
 
-from . import ParityError
+from tools.cli import UserError
 
 FORMAT = (
     'a sample is a JSON object with "prompt" (a string, placeholders included) or "messages" '
@@ -71,18 +71,18 @@ def load(file: Path, count: int | None) -> list[Sample]:
     """The samples of a JSON lines file, or the first `count`.
 
     Raises:
-        ParityError: the file or an image is missing, or a line is no sample.
+        UserError: the file or an image is missing, or a line is no sample.
     """
     try:
         text = file.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise ParityError(f"{file}: cannot be read: {error}") from None
+        raise UserError(f"{file}: cannot be read: {error}") from None
     samples = []
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             samples.append(_sample(line, f"{file}:{number}", file.parent))
     if not samples:
-        raise ParityError(f"{file}: no samples in it; {FORMAT}")
+        raise UserError(f"{file}: no samples in it; {FORMAT}")
     return samples[:count]
 
 
@@ -90,21 +90,21 @@ def _sample(line: str, where: str, folder: Path) -> Sample:
     try:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ParityError(f"{where}: not JSON: {error}; {FORMAT}") from None
+        raise UserError(f"{where}: not JSON: {error}; {FORMAT}") from None
     if not isinstance(entry, dict) or ("prompt" in entry) == ("messages" in entry):
-        raise ParityError(f"{where}: {FORMAT}")
+        raise UserError(f"{where}: {FORMAT}")
     unknown = entry.keys() - {"prompt", "messages", "images"}
     if unknown:
-        raise ParityError(f"{where}: unknown field {sorted(unknown)[0]!r}; {FORMAT}")
+        raise UserError(f"{where}: unknown field {sorted(unknown)[0]!r}; {FORMAT}")
     images = [str(folder / path) for path in entry.get("images", [])]
     for path in images:
         try:
             with Image.open(path) as image:
                 image.verify()
         except FileNotFoundError:
-            raise ParityError(f"{where}: there is no image {path}") from None
+            raise UserError(f"{where}: there is no image {path}") from None
         except (OSError, UnidentifiedImageError) as error:
-            raise ParityError(f"{where}: {path} is no image: {error}") from None
+            raise UserError(f"{where}: {path} is no image: {error}") from None
     sample = Sample(entry.get("messages"), entry.get("prompt"), images)
     if sample.messages is not None:
         with_images(sample, lambda path: path)  # its marks and images agree in number
@@ -117,7 +117,7 @@ def with_images(sample: Sample, part: Any) -> list[dict[str, Any]]:
     Where there is no such mark, the images come first in the first user message.
 
     Raises:
-        ParityError: as many marks as images there are not.
+        UserError: as many marks as images there are not.
     """
     messages = [dict(message) for message in sample.messages or []]
     parts = [c for m in messages if isinstance(m.get("content"), list) for c in m["content"]]
@@ -125,7 +125,7 @@ def with_images(sample: Sample, part: Any) -> list[dict[str, Any]]:
     if marks != len(sample.images):
         user = next((m for m in messages if m.get("role") == "user"), None)
         if marks or user is None:
-            raise ParityError(f"{marks} image marks in the messages, {len(sample.images)} images")
+            raise UserError(f"{marks} image marks in the messages, {len(sample.images)} images")
         text = user["content"]
         user["content"] = [{"type": "image"}] * len(sample.images) + (
             [{"type": "text", "text": text}] if isinstance(text, str) else text

@@ -1,0 +1,61 @@
+"""What the project's commands have in common: errors, options and results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class UserError(Exception):
+    """A command cannot go on. The message says what is wrong, with which file or value, and what
+    to do."""
+
+
+def run(command: Callable[[], int], failed: int = 2) -> int:
+    """The exit code of a command; `failed`, after the message and no traceback, of a UserError."""
+    try:
+        return command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return failed
+
+
+def positive(text: str) -> int:
+    """An option's value.
+
+    Raises:
+        ArgumentTypeError: it is not a whole number of at least 1.
+    """
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
+
+
+def width(piped: int = 200) -> int | None:
+    """For tables on stdout: a terminal's own width, and `piped` columns elsewhere."""
+    return None if sys.stdout.isatty() else piped
+
+
+def dumps(value: dict[str, Any]) -> str:
+    """JSON with a line for each entry and for each row of a list, which diffs show."""
+
+    def lines(entry: Any) -> str:
+        if isinstance(entry, list) and entry and isinstance(entry[0], dict):
+            rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in entry)
+            return f"[\n{rows}\n]"
+        return json.dumps(entry, ensure_ascii=False)
+
+    return "{" + ",\n".join(f"{json.dumps(key)}: {lines(e)}" for key, e in value.items()) + "}\n"
+
+
+def write_json(value: dict[str, Any], path: Path) -> None:
+    """Replaces the file at once; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}")
+    part.write_text(dumps(value))
+    os.replace(part, path)

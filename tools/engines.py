@@ -1,0 +1,169 @@
+"""vLLM engines in processes of their own: how they are started, what they log, how they end."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from .cli import UserError
+
+STAGE = "[stage] "
+"""Begins a line of a process's log that says what it is doing."""
+LOG_PREFIX = re.compile(r"^.*?\.py:\d+\] ")
+EXCEPTION = re.compile(r"(?:^|\] )((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)")
+ROOT = Path(__file__).resolve().parents[1]
+# vLLM picks a free port long before it listens there: engines that start at the same time are
+# given ports of their own, below those that the system deals out.
+PORTS = itertools.count(10_000 + os.getpid() % 400 * 50, 25)
+
+
+class Job:
+    """A worker process with its log."""
+
+    def __init__(
+        self,
+        name: str,
+        module: str,
+        arguments: list[str],
+        env: dict[str, str],
+        folder: Path,
+        suffix: str = ".npz",
+    ):
+        self.name, self.module, self.arguments, self.env = name, module, arguments, env
+        self.log = folder / f"{name}.log"
+        self.result = folder / f"{name}{suffix}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, spec: str | Path, pass_fds: tuple[int, ...] = ()) -> None:
+        self.result.unlink(missing_ok=True)  # an earlier run's
+        with self.log.open("wb") as log:
+            command = [
+                sys.executable,
+                "-m",
+                self.module,
+                str(spec),
+                str(self.result),
+                *self.arguments,
+            ]
+            self.process = subprocess.Popen(
+                command,
+                env=self.env,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=pass_fds,
+            )
+
+    def stage(self) -> str:
+        """What it is doing.
+
+        Raises:
+            UserError: it failed; the message has the errors of its log.
+        """
+        assert self.process
+        if self.process.poll() is None:
+            stages = [line for line in self.lines() if line.startswith(STAGE)]
+            return stages[-1].removeprefix(STAGE) if stages else "importing"
+        if self.process.returncode or not self.result.exists():
+            raise self.failure()
+        return "done"
+
+    def failure(self, log: str = "") -> UserError:
+        """Of a process that has ended, or is about to: its exit code, and the errors of its log.
+        `log` says where the whole of it is, if not in the job's folder."""
+        assert self.process
+        return UserError(
+            f"{self.name} failed with exit code {self.process.wait()}:\n{self.error()}\n"
+            f"Its whole log: {log or self.log}"
+        )
+
+    def lines(self) -> list[str]:
+        return self.log.read_text(errors="replace").splitlines()
+
+    def error(self) -> str:
+        """The exceptions in the log, first to last; its end if there are none."""
+        found: dict[str, None] = {}  # a set that keeps the order
+        lines = self.lines()
+        for number, line in enumerate(lines):
+            if match := EXCEPTION.search(line):
+                after = [LOG_PREFIX.sub("", more) for more in lines[number + 1 : number + 5]]
+                rest = takewhile(lambda more: more.startswith("  "), after)
+                found["\n".join([match[1], *rest])] = None
+        return "\n".join(found) or "\n".join(lines[-10:])
+
+
+def engine_job(
+    name: str,
+    tree: Path | None,
+    options: list[str],
+    folder: Path,
+    cores: list[int],
+    module: str = "tools.parity.engine",
+    suffix: str = ".npz",
+) -> Job:
+    """An engine of the installed vLLM, or of the one in `tree`; on `cores` if there are any."""
+    env = import_path(tree)
+    env.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # a process less to import vLLM in
+    env.setdefault("VLLM_PORT", str(next(PORTS)))
+    if cores:
+        env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
+    return Job(name, module, options, env, folder, suffix)
+
+
+def import_path(tree: Path | None = None) -> dict[str, str]:
+    """The environment in which a worker finds the project, and the vLLM in `tree` before others."""
+    paths = [str(tree.resolve())] if tree else []
+    paths += [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+@contextmanager
+def stopping(jobs: list[Job]) -> Iterator[None]:
+    """Stops the jobs that still run at the end, with the processes that they started."""
+    try:
+        yield
+    finally:
+        for job in jobs:
+            if job.process and job.process.poll() is None:
+                os.killpg(job.process.pid, 15)
+                try:
+                    job.process.wait(10)
+                except subprocess.TimeoutExpired:
+                    os.killpg(job.process.pid, 9)
+                    job.process.wait()  # with what it holds of a GPU
+
+
+def shared_cores(engines: int) -> list[list[int]]:
+    """The machine's cores, dealt out to engines that run at the same time."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < engines:
+        return [[] for _ in range(engines)]
+    share = len(cores) // engines
+    return [cores[i * share : (i + 1) * share] for i in range(engines)]
+
+
+def make_engine(options: list[str]) -> Any:
+    """An engine with the options of `vllm serve`."""
+    from vllm import LLM
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    return LLM(**vars(EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(options)))
+
+
+def vllm_name() -> str:
+    """The version of the vLLM that is imported; of a patched one, with a word that it is."""
+    from vllm import __version__
+
+    if "deepstack" not in __version__ and find_spec("vllm.model_executor.models.deepstack"):
+        return f"{__version__} with the overlay"  # in place, it keeps its release's version
+    return __version__

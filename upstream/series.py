@@ -1,0 +1,187 @@
+"""The commits of the pull request, made from the overlay."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import libcst as cst
+from packaging.version import Version
+
+from tools import releases
+from tools.cli import UserError
+from tools.overlay.merge import RELEASE, merge
+from tools.overlay.syntax import Statement, leading_lines, statements, with_statements
+
+MODELS = "vllm/model_executor/models"
+MIXIN = f"{MODELS}/deepstack.py"
+USERS = (f"{MODELS}/qwen3_vl.py", f"{MODELS}/qwen3_omni_moe_thinker.py")
+TEST = "tests/models/multimodal/test_deepstack.py"
+LICENSE = b"# SPDX-License-Identifier: Apache-2.0\n"
+COPYRIGHT = b"# SPDX-FileCopyrightText: Copyright contributors to the vLLM project\n"
+
+CONTRACT = """\
+Compiled, Qwen3-VL and Qwen3-Omni's thinker drop DeepStack features: the
+decoder is compiled in the profiling run, which stages none and hands it
+`None`, and what was compiled keeps to that (#43602). As #43617 has it since
+0.23.0, reading now gives the same inputs at every step, zeros where nothing
+is staged.
+
+The buffers move to a mixin that both models share, and are registered, so
+that `sleep(level=2)` keeps what they hold.
+"""
+HOME = """\
+Qwen3-VL and Qwen3-Omni's thinker have the same buffers and methods, twice.
+They move to a mixin, with the contract of #43617: as long as there are
+buffers, reading gives the same inputs at every step.
+
+The buffers are registered, so that `sleep(level=2)` keeps what they hold,
+and a shorter payload leaves nothing of a longer one behind.
+"""
+STEP = """\
+`forward` clears the buffers in Python, which a replayed full CUDA graph does
+not run. An image token that is scheduled alone, as the last chunk of a
+chunked prefill, makes a uniform decode batch: its features stay, and every
+later decode step adds them to whatever request sits in their row, other
+users' requests included.
+
+`embed_input_ids` runs at every step, whatever graph follows: it now begins
+with clearing what is left. `prompt_embeds`, which come among the embeddings
+and have no levels, are no error beside images any more, nor are prompts of
+Qwen3-Omni that end in an image, a video or an audio.
+"""
+TESTS = """\
+On the model classes, without weights or a GPU.
+"""
+
+
+@dataclass(frozen=True)
+class Commit:
+    subject: str
+    body: str
+    files: dict[str, bytes]
+
+
+def affected(release: releases.Release) -> bool:
+    """Whether the release is from before #43617."""
+    return release.version < Version("0.23")
+
+
+def series(release: releases.Release, sources: Path) -> list[Commit]:
+    """The mixin, its use, and the tests.
+
+    What the overlay has for a range of releases, or for other models, is left out.
+    """
+    paths = sorted((releases.ROOT / "vllm").rglob("*.py"))
+    overlay = {path.relative_to(releases.ROOT).as_posix(): path.read_bytes() for path in paths}
+    overlay = {path: overlay[path] for path in (MIXIN, *USERS)}
+
+    for path in USERS:
+        pinned = release.sources[path]
+        if releases.sha256((sources / path).read_bytes()) != pinned:
+            raise UserError(f"{sources / path}: not as released: delete {sources}")
+
+    def merged(reduced: Iterable[tuple[str, bytes]]) -> dict[str, bytes]:
+        return {
+            path: merge(
+                ours,
+                (sources / path).read_bytes(),
+                path=path,
+                release=release.version,
+                overlay=overlay,
+            )
+            for path, ours in reduced
+            if path in release.sources
+        }
+
+    mixin = {MIXIN: overlay[MIXIN].replace(LICENSE, LICENSE + COPYRIGHT)}
+    lasting = {path: reduced(ours, methods=True) for path, ours in overlay.items()}
+    bases = {path: reduced(ours, methods=False) for path, ours in lasting.items()}
+    home = "[Model] Give DeepStack's buffers one home", HOME
+    contract = "[Bugfix] Give the compiled decoder its DeepStack inputs", CONTRACT
+    return [
+        Commit(*(contract if affected(release) else home), mixin | merged(bases.items())),
+        Commit("[Bugfix] End DeepStack features with their step", STEP, merged(lasting.items())),
+        Commit(
+            "[Test] DeepStack features reach their step, and no other",
+            TESTS,
+            {TEST: (Path(__file__).parent / TEST).read_bytes()},
+        ),
+    ]
+
+
+def reduced(ours: bytes, methods: bool) -> bytes:
+    """An overlay file without what only some releases get; with the bases of its classes alone,
+    unless `methods`."""
+    module = cst.parse_module(ours)
+    body: list[Statement] = []
+    for statement in module.body:
+        if isinstance(statement, cst.ClassDef):
+            members = [s for s in statements(statement.body) if methods and not for_releases(s)]
+            if not members and not statement.bases:
+                continue
+            suite = with_statements(statement.body, members or [ELLIPSIS])
+            statement = statement.with_changes(body=suite)
+        body.append(statement)
+    return module.with_changes(body=body).bytes
+
+
+ELLIPSIS = cst.SimpleStatementLine([cst.Expr(cst.Ellipsis())])
+
+
+def for_releases(statement: Statement) -> bool:
+    return any(
+        line.comment and RELEASE.match(line.comment.value) for line in leading_lines(statement)
+    )
+
+
+class Checkout:
+    """A repository with files of the sources as its first commit, by whoever is at work.
+
+    Raises:
+        UserError: git does not know who that is.
+    """
+
+    def __init__(self, root: Path, sources: Path, paths: Iterable[str]):
+        self.root = root
+        for path in paths:
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(sources / path, root / path)
+        self.git("init", "--quiet", "--initial-branch=main")
+        for key in ("user.name", "user.email"):
+            if not self.git("config", key, check=False):
+                raise UserError(
+                    f"git has no {key}, and upstream wants commits signed off: "
+                    f"git config --global {key} …"
+                )
+        self.git("add", "--all")
+        self.git("commit", "--quiet", "--no-gpg-sign", "--message", "As released")
+
+    def git(self, *arguments: str, check: bool = True, stdin: str | None = None) -> str:
+        command = ["git", *arguments]
+        done = subprocess.run(command, cwd=self.root, capture_output=True, text=True, input=stdin)
+        if check and done.returncode:
+            raise UserError(f"git {arguments[0]}: {done.stderr.strip()}")
+        return done.stdout.strip()
+
+    def commit(self, commit: Commit) -> None:
+        for path, data in commit.files.items():
+            (self.root / path).parent.mkdir(parents=True, exist_ok=True)
+            (self.root / path).write_bytes(data)
+        # What a replaced method has used alone, upstream's linters want gone.
+        code = [path for path in commit.files if path.startswith("vllm/")]
+        ruff = ["ruff", "check", "--isolated", "--select", "F401", "--fix", "--quiet", *code]
+        if code:
+            subprocess.run([sys.executable, "-m", *ruff], cwd=self.root, check=True)
+        self.git("add", *commit.files)
+        message = f"{commit.subject}\n\n{commit.body}"
+        self.git("commit", "--quiet", "--no-gpg-sign", "--signoff", "--file", "-", stdin=message)
+
+    def patches(self, folder: Path) -> list[str]:
+        """Writes all commits but the first as patches. Returns the files' names."""
+        self.git("format-patch", "--quiet", "--output-directory", str(folder), "HEAD~3")
+        return sorted(path.name for path in folder.iterdir())
