@@ -50,6 +50,16 @@ def load(name: str) -> Any:
     return getattr(import_module(module), cls)
 
 
+def bare(cls: Any, **attributes: Any) -> Any:
+    """Of a class, without what its `__init__` makes."""
+    made = cls.__new__(cls)
+    if isinstance(made, torch.nn.Module):
+        torch.nn.Module.__init__(made)
+    for name, value in attributes.items():
+        setattr(made, name, value)
+    return made
+
+
 class Decoder(torch.nn.Module):
     """Adds the levels to its inputs, layer by layer; `during(levels)` runs while it does."""
 
@@ -78,10 +88,7 @@ class LanguageModel(torch.nn.Module):
 
 
 def make(name: str, rows: int = ROWS, **kind):
-    cls = load(name)
-    model = cls.__new__(cls)
-    torch.nn.Module.__init__(model)
-    model.language_model = LanguageModel(Decoder())
+    model = bare(load(name), language_model=LanguageModel(Decoder()))
     model.config = SimpleNamespace(
         text_config=SimpleNamespace(hidden_size=HIDDEN),
         vision_config=SimpleNamespace(deepstack_visual_indexes=list(range(LEVELS))),
@@ -99,7 +106,9 @@ def make(name: str, rows: int = ROWS, **kind):
     if name == "granite4_vision":
         model._ds_layer_indices, model._ds_num_tokens = list(range(LEVELS)), 0
         model._ds_buffers = buffers
-    elif name == "moss_audio" and "DeepStackMixin" not in [base.__name__ for base in cls.__mro__]:
+    elif name == "moss_audio" and "DeepStackMixin" not in [
+        base.__name__ for base in type(model).__mro__
+    ]:
         model.deepstack_input_embeds = None
     else:
         model.deepstack_input_embeds = buffers

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from .bare_models import AUDIO, IMAGE, OMNI, TEXT, VIDEO, load
+from .bare_models import AUDIO, IMAGE, OMNI, TEXT, VIDEO, bare, load
 
 bites = pytest.mark.bites
 VISION_START, VISION_END, AUDIO_START, AUDIO_END = 4, 5, 6, 7
@@ -17,17 +17,14 @@ MERGE, PER_SECOND, SECONDS = 2, 13, 2.0
 
 
 def thinker():
-    cls = load(OMNI)
-    model = cls.__new__(cls)
-    torch.nn.Module.__init__(model)
-    model.config = SimpleNamespace(
+    config = SimpleNamespace(
         vision_config=SimpleNamespace(spatial_merge_size=MERGE),
         position_id_per_seconds=PER_SECOND,
         image_token_id=IMAGE,
         video_token_id=VIDEO,
         audio_token_id=AUDIO,
     )
-    return model
+    return bare(load(OMNI), config=config)
 
 
 class Medium:
@@ -129,9 +126,7 @@ def test_as_transformers_has_them(medium):
         vision_config=SimpleNamespace(spatial_merge_size=MERGE),
         audio_config=SimpleNamespace(n_window=50),
     )
-    reference = Reference.__new__(Reference)
-    torch.nn.Module.__init__(reference)
-    reference.__dict__.update(config=config, spatial_merge_size=MERGE)
+    reference = bare(Reference, config=config, spatial_merge_size=MERGE)
     scale = torch.tensor([1, MERGE, MERGE])
     media = [part for part in prompt if isinstance(part, Medium)]
     grids = {

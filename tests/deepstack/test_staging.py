@@ -23,6 +23,7 @@ from .bare_models import (
     TEXT,
     VIDEO,
     WIDTH,
+    bare,
     embed,
     embeddings_of,
     encoded,
@@ -162,14 +163,11 @@ class TestRequestsOwnEmbeddings:
             "cohere_compass": "CohereCompassMultiModalProcessor",
         }[request.param]
         module = import_module(f"vllm.model_executor.models.{request.param}")
-        processor = getattr(module, name).__new__(getattr(module, name))
         vision = SimpleNamespace(
             spatial_merge_size=2, out_hidden_size=HIDDEN, deepstack_visual_indexes=[0, 1, 2]
         )
-        processor.info = SimpleNamespace(
-            get_hf_config=lambda: SimpleNamespace(vision_config=vision)
-        )
-        return processor
+        info = SimpleNamespace(get_hf_config=lambda: SimpleNamespace(vision_config=vision))
+        return bare(getattr(module, name), info=info)
 
     GRID = torch.tensor([[1, 2, 4], [1, 2, 2]])
 

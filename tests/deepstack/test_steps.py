@@ -17,6 +17,7 @@ from .bare_models import (
     ROWS,
     SHARED,
     TEXT,
+    bare,
     embed,
     embeddings_of,
     forward_reads,
@@ -186,13 +187,13 @@ def test_micro_batches_read_their_own_rows(name, monkeypatch, first, second):
 def test_ernies_mask_of_visual_tokens_ends_with_its_step():
     """Where a full CUDA graph replays, `forward`'s Python does not take it back."""
     module = import_module("vllm.model_executor.models.ernie45_vl")
-    cls = module.Ernie4_5_VLMoeForConditionalGeneration
-    model = cls.__new__(cls)
-    torch.nn.Module.__init__(model)
     embedding = torch.nn.Embedding(16, HIDDEN)
-    model.get_language_model = lambda: SimpleNamespace(embed_input_ids=embedding)
-    model.visual_token_mask = None
-    model._visual_token_ids_tensor_cache = torch.tensor([IMAGE])
+    model = bare(
+        module.Ernie4_5_VLMoeForConditionalGeneration,
+        get_language_model=lambda: SimpleNamespace(embed_input_ids=embedding),
+        visual_token_mask=None,
+        _visual_token_ids_tensor_cache=torch.tensor([IMAGE]),
+    )
     ids = torch.tensor([TEXT, IMAGE])
     mask = ids == IMAGE
     model.embed_input_ids(ids, [torch.ones(1, HIDDEN)], is_multimodal=mask)
@@ -204,8 +205,7 @@ def test_ernies_mask_of_visual_tokens_ends_with_its_step():
 def sequence_lengths_of_omnis_vision_encoder(backend: str) -> torch.Tensor:
     """Its `cu_seqlens`, of two images of four patches. The encoder is on the meta device."""
     module = import_module("vllm.model_executor.models.qwen3_omni_moe_thinker")
-    encoder = module.Qwen3Omni_VisionTransformer.__new__(module.Qwen3Omni_VisionTransformer)
-    torch.nn.Module.__init__(encoder)
+    encoder = bare(module.Qwen3Omni_VisionTransformer)
     seen = {}
 
     def block(hidden_states, **kwargs):

@@ -1,4 +1,4 @@
-"""The tables of docs/defects.md: release × defect, and model × defect, from each release's own code.
+"""The tables of docs/defects.md: release × defect, model × defect, from each release's own code.
 
 python -m tests.overlay.table
 """

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # release: >=0.30
-"""Cohere Compass: as Qwen3-VL, whose methods it has copied."""
+"""Cohere Compass: the changes of Qwen3-VL, whose methods it copied."""
 
 from .deepstack import DeepStackMixin
 from .qwen3_vl import check_embedding_widths

@@ -21,14 +21,15 @@ from .utils import StageMissingLayer, _merge_multimodal_embeddings
 class DeepStackMixin(torch.nn.Module):
     """Stages one step's DeepStack features for the decoder.
 
-    `embed_input_ids`, which runs in Python at every step whatever graph follows, clears
-    what an earlier step left and sets; `forward` gets, runs the decoder, and clears.
+    `embed_input_ids` runs in Python at every step, whatever graph follows: it clears
+    what an earlier step left, then stages. `forward`, upstream's own, reads the views,
+    runs the decoder and clears.
 
-    - Reading gives the same tensors at every step, zeros where nothing is staged: what
-      was compiled or captured while nothing was takes features later (#43617).
-    - A row holds the payload last staged there, or zeros.
-    - There is a row for every token that a step can schedule, as both model runners
-      assert, so no captured graph is left with outgrown buffers.
+    - Reading gives the same tensors at every step, zeros where nothing is staged: a
+      decoder compiled or captured without features sees them later (D1, #43617).
+    - A row holds the payload staged last, or zeros (D2).
+    - There is a row for every token that a step can schedule, and both model runners
+      assert that no step has more: no captured graph is left with outgrown buffers.
     """
 
     deepstack_input_embeds_num_tokens: int = 0
@@ -39,15 +40,18 @@ class DeepStackMixin(torch.nn.Module):
 
     @property
     def deepstack_input_embeds(self) -> list[torch.Tensor]:
-        """By level, `[max_num_batched_tokens, hidden_size]`; none without a tower."""
+        """`[max_num_batched_tokens, hidden_size]` a level; none without a vision tower."""
         return [getattr(self, name) for name in self._deepstack_names]
 
     @deepstack_input_embeds.setter
     def deepstack_input_embeds(self, buffers: Sequence[torch.Tensor] | None) -> None:
-        """Registers them, so that `sleep(level=2)` keeps what they hold."""
+        """Registers them, so that `sleep(level=2)` keeps what they hold (D7).
+
+        `None`, which upstream sets in places, leaves those that are there.
+        """
         for level, buffer in enumerate(buffers or ()):
             if level == len(self._deepstack_names):
-                # The weight cache maps an engine's buffers into others, by name.
+                # vLLM's weight cache maps buffers of one name into other engines.
                 name = f"deepstack_input_embeds_{level}_{random_uuid()}"
                 self._deepstack_names = (*self._deepstack_names, name)
             if buffer.is_meta:
@@ -56,7 +60,7 @@ class DeepStackMixin(torch.nn.Module):
 
     @property
     def use_deepstack(self) -> bool:
-        """Whether there are levels. Without a tower: whether requests bring some."""
+        """Whether there are levels. Without a tower: whether requests can have some."""
         if isinstance(getattr(self, "visual", None), StageMissingLayer):
             levels = getattr(self.config.vision_config, "deepstack_visual_indexes", ())
             return self.multimodal_config.enable_mm_embeds and len(levels) > 0
@@ -73,7 +77,7 @@ class DeepStackMixin(torch.nn.Module):
         if not self.deepstack_input_embeds:
             return None
         start = 0
-        if dbo_enabled():  # `forward` runs on slices of the batch, begun in order
+        if dbo_enabled():  # D9: micro-batches start in order, each with its own rows
             start = self._deepstack_rows_read if dbo_current_ubatch_id() else 0
             self._deepstack_rows_read = start + num_tokens
         self._resize_deepstack_input_embeds(start + num_tokens)
@@ -94,7 +98,7 @@ class DeepStackMixin(torch.nn.Module):
     def _set_deepstack_input_embeds(self, deepstack_input_embeds: torch.Tensor) -> None:
         """Stages a payload, `[levels, num_tokens, hidden_size]`, in place of any other.
 
-        Raises ValueError if it has not the buffers' levels and hidden size.
+        Raises ValueError if its levels or hidden size are not the buffers'.
         """
         if not (buffers := self.deepstack_input_embeds):
             return
@@ -111,9 +115,9 @@ class DeepStackMixin(torch.nn.Module):
         self.deepstack_input_embeds_num_tokens = num_tokens
 
     def _clear_deepstack_input_embeds(self, num_tokens: int) -> None:
-        """Ends the payload of a step of `num_tokens`: its rows are zeros again."""
-        # `forward`'s own call does nothing in a graph of the whole model, which must
-        # not change attributes, and while another micro-batch may still read.
+        """Clears a payload's first `num_tokens` rows: those of `forward`'s step."""
+        # The next step clears where `forward` cannot: in a graph of the whole model,
+        # which sets no attributes, and while another micro-batch may still read.
         if torch.compiler.is_compiling() or dbo_enabled():
             return
         staged = self.deepstack_input_embeds_num_tokens
@@ -129,16 +133,16 @@ class DeepStackMixin(torch.nn.Module):
         multimodal_embeddings: Sequence[torch.Tensor],
         is_multimodal: torch.Tensor,
     ) -> tuple[torch.Tensor | None, Sequence[torch.Tensor]]:
-        """Parts embeddings, `[tokens, (1 + levels) * hidden_size]`, from their levels.
+        """Splits embeddings, `[tokens, (1 + levels) * hidden_size]`.
 
-        Returns the payload and what is left. `prompt_embeds` come among the embeddings,
-        `[tokens, hidden_size]`, and have no levels.
+        Returns the levels as a payload, if there are any, and the decoder's inputs.
+        `prompt_embeds` come among the embeddings, `[tokens, hidden_size]` (D14).
         """
         num_tokens, size = inputs_embeds.shape
         levels = [e[:, size:] for e in multimodal_embeddings if e.size(1) > size]
         if not levels:
             return None, multimodal_embeddings
-        if len(levels) < len(multimodal_embeddings):
+        if len(levels) < len(multimodal_embeddings):  # leave out tokens without levels
             sizes = torch.tensor([e.size() for e in multimodal_embeddings])
             wide = (sizes[:, 1] > size).repeat_interleave(sizes[:, 0]).to(is_multimodal)
             is_multimodal = is_multimodal.masked_scatter(is_multimodal, wide)

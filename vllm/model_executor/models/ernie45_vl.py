@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ernie 4.5-VL: its mask of visual tokens ends with its step."""
+"""Ernie 4.5-VL: its mask of visual tokens ends with its step (D2)."""
 
 
 class Ernie4_5_VLMoeForConditionalGeneration:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Granite 4 Vision: stages under names of its own, and by decoder layer."""
+"""Granite 4 Vision: registers and clears its own buffers, one a decoder layer."""
 
 
 class Granite4VisionForConditionalGeneration:
     def __init__(self, *, vllm_config, prefix=""):
         ...
-        # Beside a parameter, `reload_weights` fills them with garbage up to 0.25.1.
+        # D7. They are in a module without parameters: up to 0.25.1, `reload_weights`
+        # overwrites buffers of modules that have some.
         self.deepstack_buffers = torch.nn.Module()
         for level, buffer in enumerate(self._ds_buffers):
             self.deepstack_buffers.register_buffer(f"{level}", buffer, persistent=False)
@@ -18,6 +19,6 @@ class Granite4VisionForConditionalGeneration:
         is_multimodal=None,
         handle_oov_mm_token=True,
     ):
-        for buffer in self._ds_buffers:
+        for buffer in self._ds_buffers:  # D2
             buffer[: self._ds_num_tokens].zero_()
         ...

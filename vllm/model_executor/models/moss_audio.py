@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # release: >=0.24
-"""MOSS-Audio: stages in buffers. Upstream's setting them to `None` does nothing."""
+"""MOSS-Audio: stages in the mixin's buffers, which compiled code sees (D1)."""
 
 from .deepstack import DeepStackMixin
 from .utils import StageMissingLayer

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen3-Omni's thinker: as Qwen3-VL; and no prompt ends the engine."""
+"""Qwen3-Omni's thinker: as Qwen3-VL; and no prompt crashes the engine (D12)."""
 
 from .deepstack import DeepStackMixin
 from .qwen3_vl import check_embedding_widths
@@ -10,7 +10,7 @@ class Qwen3Omni_VisionTransformer:
     def forward(self, x, grid_thw):
         ...
         hidden_states = hidden_states.unsqueeze(1)
-        # `grid_thw`, from which they come, is on the CPU; SDPA alone reads them there.
+        # D8: `cu_seqlens` comes from `grid_thw`, on the CPU. Only SDPA reads it there.
         if self.attn_backend != AttentionBackendEnum.TORCH_SDPA:
             cu_seqlens = cu_seqlens.to(self.device, non_blocking=True)
         ...
@@ -27,7 +27,7 @@ class Qwen3OmniMoeThinkerForConditionalGeneration(DeepStackMixin):
         ...
         layers, levels = self.language_model.model.end_layer, self.deepstack_num_level
         if get_pp_group().is_first_rank and layers < levels:
-            raise ValueError(
+            raise ValueError(  # D13
                 f"DeepStack adds {levels} levels to layers 0 to {levels - 1}, but the "
                 f"first pipeline stage has layers 0 to {layers - 1} only: use fewer "
                 "stages, or set VLLM_PP_LAYER_PARTITION"
@@ -42,8 +42,8 @@ class Qwen3OmniMoeThinkerForConditionalGeneration(DeepStackMixin):
         )
         if multimodal_embeddings is None or len(multimodal_embeddings) == 0:
             return inputs_embeds
-        # By token: a video's own audio comes after it, and its tokens between the
-        # video's. What is neither image nor video has no levels.
+        # By token id: a video's audio has its embeddings after the video's, but its
+        # tokens between them. Only image and video tokens have levels (D14).
         ids, size = input_ids.to(is_multimodal.device), inputs_embeds.size(1)
         rows = (ids == self.config.image_token_id) & is_multimodal
         rows |= (ids == self.config.video_token_id) & is_multimodal
@@ -58,7 +58,7 @@ class Qwen3OmniMoeThinkerForConditionalGeneration(DeepStackMixin):
         )
 
     def get_mrope_input_positions(self, input_tokens, mm_features):
-        """Media take their grids. Text runs on, one further than all before it."""
+        """D12. Media take their grids. Text continues after the largest position."""
         grids, token = [], 0
         for offset, modality, data in self.iter_mm_features(mm_features):
             if modality == "audio":

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # release: >=0.29
-"""Qwen4-Exp: embeds by a method of its own. All else is Qwen3-VL's."""
+"""Qwen4-Exp: clears in its own `embed_input_ids` (D2). It inherits the rest."""
 
 
 class Qwen4ExpForConditionalGeneration:
