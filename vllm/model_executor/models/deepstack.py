@@ -40,7 +40,7 @@ class DeepStackMixin(torch.nn.Module):
 
     @property
     def deepstack_input_embeds(self) -> list[torch.Tensor]:
-        """`[max_num_batched_tokens, hidden_size]` a level; none without a vision tower."""
+        """`[max_num_batched_tokens, hidden_size]` by level; none without a tower."""
         return [getattr(self, name) for name in self._deepstack_names]
 
     @deepstack_input_embeds.setter
