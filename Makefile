@@ -70,7 +70,7 @@ overlay: .venv/tools
 pr: .venv/tools
 	.venv/bin/python -m upstream $(RELEASE)
 
-# WHEEL=at-hand: what lies in dist/ is taken, and not built anew.
+# WHEEL=at-hand: take the wheels in dist/, do not build them.
 ifeq ($(WHEEL),at-hand)
 dist/.%-$(RELEASE):
 	touch $@
@@ -99,7 +99,7 @@ $(TINY): tests/tiny_models.py | $(VENV)/vllm
 
 install: $(VENV)/vllm $(STOCK)
 
-# The stock release diverges, as it should: exit code 1 is no failure of this command.
+# The stock release diverges, as it should: exit code 1 is not a failure here.
 CHECK = $(PY) -m tools.parity --model $(TINY) $(ENGINE)
 ## compare compiled and eager on a tiny Qwen3-VL: the stock release and the fork
 parity: install $(TINY)

@@ -45,7 +45,7 @@ def chosen_release() -> releases.Release:
         return releases.known(parse_wheel_filename(Path(location).name)[1].public)
     except InvalidWheelFilename:
         raise PlatformError(
-            f"VLLM_PRECOMPILED_WHEEL_LOCATION={location}: is no wheel of vLLM"
+            f"VLLM_PRECOMPILED_WHEEL_LOCATION={location}: is not a wheel of vLLM"
         ) from None
     except UserError as error:
         what = "VLLM_RELEASE" if named else "VLLM_PRECOMPILED_WHEEL_LOCATION"
@@ -60,7 +60,7 @@ def target_device() -> str:
     if location:
         if not Path(location).is_file():
             raise PlatformError(
-                f"VLLM_PRECOMPILED_WHEEL_LOCATION={location}: there is no such file"
+                f"VLLM_PRECOMPILED_WHEEL_LOCATION={location}: the file does not exist"
             )
         try:
             found = package_index.check(RELEASE, Path(location))

@@ -202,7 +202,7 @@ class Fleet:
         return Engine(str(case), options, folder, **env)
 
     def engine(self, case: Case) -> Engine:
-        """Skips the test if the release or the hub has not what it takes."""
+        """Skips the test if the release or the hub does not have what it needs."""
         if reason := case.lacking() or self.unreachable.get(case.model):
             pytest.skip(reason)
         if reason := self.broken.get(case.model):

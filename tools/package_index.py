@@ -86,7 +86,7 @@ def check(release: Release, wheel: Path) -> str:
                 raise UserError(f"{wheel} is not the file that was released: its sha256 differs")
             return device
     known = ", ".join(name for wheels in release.wheels.values() for name in wheels)
-    raise UserError(f"{wheel} is no wheel of vLLM {release.version}; those are: {known}")
+    raise UserError(f"{wheel} is not a wheel of vLLM {release.version}; those are: {known}")
 
 
 def unpack(wheel: Path, folder: Path) -> None:

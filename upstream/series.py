@@ -51,7 +51,7 @@ users' requests included.
 
 `embed_input_ids` runs at every step, whatever graph follows: it now begins
 with clearing what is left. `prompt_embeds`, which come among the embeddings
-and have no levels, are no error beside images any more, nor are prompts of
+and have no levels, are no longer an error beside images, and neither are prompts of
 Qwen3-Omni that end in an image, a video or an audio.
 """
 TESTS = """\

@@ -31,7 +31,7 @@ CLAIMS = """\
 - Reading gives the decoder the same inputs at every step.
 - A shorter payload leaves nothing of a longer one; the buffers are registered; dual-batch
   overlap's micro-batches read their own rows.
-- `prompt_embeds` beside images are no error; no prompt of Qwen3-Omni ends the engine.
+- `prompt_embeds` beside images work, and no prompt of Qwen3-Omni crashes the engine.
 """
 SEEN = """\
 Seen on the released 0.25.1 on an H100 in bfloat16: `max_num_batched_tokens=64` and a prompt of

@@ -108,7 +108,7 @@ def evaluate(args: argparse.Namespace, options: list[str], console: Console) -> 
         raise UserError(f"--runs {' '.join(args.runs)}: two have the same name")
     local = args.model and args.model.startswith(("/", "./", "../", "~"))
     if local and not args.base_url and not Path(args.model).expanduser().is_dir():
-        raise UserError(f"--model {args.model}: there is no such folder")
+        raise UserError(f"--model {args.model}: the folder does not exist")
     questions = load(args.dataset, args.split, args.num_samples)
     folder = args.output_dir.resolve()
     settings = {

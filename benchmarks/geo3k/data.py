@@ -51,7 +51,7 @@ def load(dataset: str, split: str, count: int | None = None) -> list[Question]:
     local = dataset.startswith((".", "/", "~")) or Path(dataset).exists()
     path = str(Path(dataset).expanduser()) if local else dataset
     if local and not list(Path(path).rglob("*.parquet")):
-        raise UserError(f"--dataset {dataset}: there are no parquet files in it")
+        raise UserError(f"--dataset {dataset}: it has no parquet files")
     try:
         # Without progress bars of its own: a small split takes less time than they do.
         datasets.disable_progress_bars()

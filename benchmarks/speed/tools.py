@@ -82,7 +82,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     results.add_output(parser)
     args, options = parser.parse_known_args(arguments)
     if not (args.tree / "vllm").is_dir():
-        parser.error(f"--tree {args.tree}: is no folder that contains vllm/")
+        parser.error(f"--tree {args.tree}: does not contain vllm/")
     return args, options
 
 

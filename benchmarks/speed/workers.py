@@ -39,7 +39,7 @@ class Variant:
         """
         name, _, tree = text.partition("=")
         if tree and not (Path(tree) / "vllm").is_dir():
-            raise UserError(f"--vllm {text}: {tree} is no folder that contains vllm/")
+            raise UserError(f"--vllm {text}: {tree} does not contain vllm/")
         return cls(name, Path(tree) if tree else None)
 
 

@@ -107,7 +107,7 @@ def test_the_report(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "./nowhere", *DATA], "--model ./nowhere: there is no such folder"),
+        (["--model", "./nowhere", *DATA], "--model ./nowhere: the folder does not exist"),
         (["--model", "m", *DATA, "--runs", "fast"], "--runs fast: a run is eager, compiled or"),
         (["--model", "m", *DATA, "--runs", "eager@/tmp"], "eager@/tmp: no vLLM there"),
         (["--model", "m", *DATA, "--split", "dev"], "--split dev: .* has test"),

@@ -195,8 +195,8 @@ class TestDefinitions:
     @pytest.mark.parametrize(
         "overlay, words",
         [
-            ("print(1)\n", ["print(1)", "no definition"]),
-            ("if True:\n    x = 1\n", ["no definition"]),
+            ("print(1)\n", ["print(1)", "not a definition"]),
+            ("if True:\n    x = 1\n", ["not a definition"]),
             ("class A:\n    print(1)\n", ["A", "print(1)"]),
             ("def f(:\n", ["overlay's file", "does not parse"]),
             ("def A(): ...\n", ["A", "another kind"]),

@@ -55,10 +55,10 @@ class TestSamples:
     @pytest.mark.parametrize(
         "line, words",
         [
-            ({"prompt": "a", "images": ["b.png"]}, "samples.jsonl:2: there is no image .*b.png"),
+            ({"prompt": "a", "images": ["b.png"]}, "samples.jsonl:2: .*b.png does not exist"),
             (
                 {"prompt": "a", "images": ["broken.png"]},
-                "samples.jsonl:2: .*broken.png is no image",
+                "samples.jsonl:2: .*broken.png is not an image",
             ),
             ("{", "samples.jsonl:2: not JSON"),
             ("[]", "samples.jsonl:2: a sample is"),
@@ -148,7 +148,7 @@ class TestErrors:
         return capsys.readouterr().err.replace("\n", "")
 
     def test_no_model(self, capsys):
-        assert "--model /no/model: there is no such folder" in self.fails(
+        assert "--model /no/model: the folder does not exist" in self.fails(
             capsys, "--model", "/no/model"
         )
 

@@ -111,7 +111,7 @@ class Request:
     parts: tuple[Text | Picture | Video | Audio | Embeds, ...]
     max_tokens: int = 1
     closed: bool = True
-    """Whether the last part, if it is no text, has its end mark: without it, the prompt's
+    """Whether the last part, if it is not text, has its end mark: without it, the prompt's
     last token is one of an image's."""
     joins_after: int = field(default=0, compare=False)
     """Engine steps between the request before and this one."""

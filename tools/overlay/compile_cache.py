@@ -22,7 +22,7 @@ def warnings(patched: float, cache_dir: Path | None) -> list[str]:
     if os.environ.get("VLLM_FORCE_AOT_LOAD") == "1" and older(graphs.glob("*/*/model"), patched):
         found.append(
             f"{graphs} has graphs from before the patch, and VLLM_FORCE_AOT_LOAD=1 forbids to "
-            "compile anew: engines will not start; unset it once, or delete them"
+            "recompile: engines will not start; unset it once, or delete them"
         )
     if cache_dir and older(cache_dir.glob("rank_*/**/vllm_compile_cache.py"), patched):
         found.append(

@@ -67,7 +67,7 @@ def merge(
 
 
 def added(ours: bytes, *, path: str, release: Version) -> bytes:
-    """Returns an overlay file that upstream has not, as it is.
+    """Returns an overlay file that upstream does not have, as it is.
 
     Raises:
         UserError: it is a difference from a file of upstream's.
@@ -85,7 +85,7 @@ def is_needed(ours: bytes, *, path: str, release: Version) -> bool:
     """Whether a release needs an overlay file, by a `# release:` above the file's docstring.
 
     Raises:
-        UserError: that is no version specifier.
+        UserError: that is not a version specifier.
     """
     merger = _Merger(path, release, {})
     module = merger.parse(ours, "the overlay's file")
@@ -148,7 +148,8 @@ class _Merger:
         try:
             return SpecifierSet(specifier).contains(self.release, prereleases=True)
         except InvalidSpecifier:
-            raise self.error(where, f"`# release: {specifier}` is no version specifier") from None
+            problem = f"`# release: {specifier}` is not a version specifier"
+            raise self.error(where, problem) from None
 
     def members(
         self, ours: list[Statement], theirs: list[Statement], owner: str
@@ -165,7 +166,7 @@ class _Merger:
             if not name:
                 raise self.error(
                     owner or "module",
-                    f"`{source(statement)}` is no definition: it cannot be merged",
+                    f"`{source(statement)}` is not a definition: it cannot be merged",
                 )
             found = [i for i, other in enumerate(body) if defined_name(other) == name]
             if len(found) > 1:

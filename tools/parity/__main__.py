@@ -90,7 +90,7 @@ def check(args: argparse.Namespace, options: list[str], folder: Path, console: C
         args.model.startswith(("/", "./", "../", "~"))
         and not Path(args.model).expanduser().is_dir()
     ):
-        raise UserError(f"--model {args.model}: there is no such folder")
+        raise UserError(f"--model {args.model}: the folder does not exist")
     if args.vllm and not (args.vllm / "vllm" / "__init__.py").is_file():
         raise UserError(f"--vllm {args.vllm}: no vLLM there: it has no vllm/__init__.py")
     if args.samples:

@@ -47,7 +47,7 @@ def compare(ours: Run, theirs: Run) -> Difference:
     """Compares step by step while the contexts are the same.
 
     Raises:
-        ValueError: the runs have not the same number of steps, or no steps, or another vocabulary.
+        ValueError: the runs differ in steps or vocabulary, or have no steps.
     """
     if ours.logits.shape != theirs.logits.shape or not len(ours.tokens):
         raise ValueError(f"logits of shapes {ours.logits.shape} and {theirs.logits.shape}")

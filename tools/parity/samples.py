@@ -71,7 +71,7 @@ def load(file: Path, count: int | None) -> list[Sample]:
     """The samples of a JSON lines file, or the first `count`.
 
     Raises:
-        UserError: the file or an image is missing, or a line is no sample.
+        UserError: the file or an image is missing, or a line is not a sample.
     """
     try:
         text = file.read_text()
@@ -102,9 +102,9 @@ def _sample(line: str, where: str, folder: Path) -> Sample:
             with Image.open(path) as image:
                 image.verify()
         except FileNotFoundError:
-            raise UserError(f"{where}: there is no image {path}") from None
+            raise UserError(f"{where}: {path} does not exist") from None
         except (OSError, UnidentifiedImageError) as error:
-            raise UserError(f"{where}: {path} is no image: {error}") from None
+            raise UserError(f"{where}: {path} is not an image: {error}") from None
     sample = Sample(entry.get("messages"), entry.get("prompt"), images)
     if sample.messages is not None:
         with_images(sample, lambda path: path)  # its marks and images agree in number
