@@ -171,7 +171,8 @@ test-two-gpus: $(GPU)/vllm
 
 ## all wheels of all releases, in dist/, and their SHA256SUMS
 release: overlay
-	$(MAKE) $(foreach device,$(DEVICES),$(addprefix wheel-$(device)-,$(shell $(LIST) $(device))))
+	$(MAKE) -j1 $(or $(foreach device,$(DEVICES),$(addprefix wheel-$(device)-,$(shell $(LIST) $(device)))),\
+		$(error the releases could not be listed))
 	cd dist && sha256sum *.whl > SHA256SUMS
 
 wheel-cpu-%:

@@ -21,7 +21,8 @@ def run(command: Callable[[], int], failed: int = 2) -> int:
     try:
         return command()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        notes = getattr(error, "__notes__", [])
+        print("\n".join([f"error: {error}", *notes]), file=sys.stderr)
         return failed
 
 
@@ -54,7 +55,11 @@ def dumps(value: dict[str, Any]) -> str:
 
 
 def write_json(value: dict[str, Any], path: Path) -> None:
-    """Replaces the file at once; makes its folder."""
+    """Replaces the file at once; makes its folder. Writes to a device or a pipe as it is."""
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        path.write_text(dumps(value))
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}")
     part.write_text(dumps(value))

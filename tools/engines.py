@@ -15,15 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from .cli import UserError
+from .releases import ROOT
 
 STAGE = "[stage] "
 """Begins a line of a process's log that says what it is doing."""
 LOG_PREFIX = re.compile(r"^.*?\.py:\d+\] ")
 EXCEPTION = re.compile(r"(?:^|\] )((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)")
-ROOT = Path(__file__).resolve().parents[1]
 # vLLM picks a free port long before it listens there: engines that start at the same time are
 # given ports of their own, below those that the system deals out.
 PORTS = itertools.count(10_000 + os.getpid() % 400 * 50, 25)
+
+
+class EngineError(UserError):
+    """A process of an engine failed."""
 
 
 class Job:
@@ -67,7 +71,7 @@ class Job:
         """What it is doing.
 
         Raises:
-            UserError: it failed; the message has the errors of its log.
+            EngineError: it failed; the message has the errors of its log.
         """
         assert self.process
         if self.process.poll() is None:
@@ -77,13 +81,15 @@ class Job:
             raise self.failure()
         return "done"
 
-    def failure(self, log: str = "") -> UserError:
-        """Of a process that has ended, or is about to: its exit code, and the errors of its log.
-        `log` says where the whole of it is, if not in the job's folder."""
+    def failure(self, log: str = "") -> EngineError:
+        """Of a process that has ended, or is about to: the errors of its log, and its exit code,
+        which only the process that started it is told. `log` says where the whole of the log is,
+        if not in the job's folder."""
         assert self.process
-        return UserError(
-            f"{self.name} failed with exit code {self.process.wait()}:\n{self.error()}\n"
-            f"Its whole log: {log or self.log}"
+        code = self.process.wait()
+        ended = f"failed with exit code {code}" if code else "died"
+        return EngineError(
+            f"{self.name} {ended}:\n{self.error()}\nIts whole log: {log or self.log}"
         )
 
     def lines(self) -> list[str]:
@@ -107,7 +113,7 @@ def engine_job(
     options: list[str],
     folder: Path,
     cores: list[int],
-    module: str = "tools.parity.engine",
+    module: str,
     suffix: str = ".npz",
 ) -> Job:
     """An engine of the installed vLLM, or of the one in `tree`; on `cores` if there are any."""

@@ -96,9 +96,9 @@ def evidence(release: releases.Release) -> str:
         "Accuracy on 600 questions about diagrams, greedy, of a small Qwen3-VL trained for them. "
         "vLLM 0.22.1 drops the features when it compiles (#43602):\n",
         *map(accuracy, reports),
-        "Speed on vLLM 0.33.0, with random weights in Qwen3-VL-8B's shape. `stock` is the release, "
-        "`fork` has this change. The engines took turns; medians, and the ratio to the first with "
-        "its spread:\n",
+        f"Speed on vLLM {speed['machine']['versions']['vllm']}, with random weights in "
+        "Qwen3-VL-8B's shape. `stock` is the release, `fork` has this change. The engines took "
+        "turns; medians, and the ratio to the first with its spread:\n",
         page.serving(speed),
     ]
     return "\n".join(part for part in parts if part)

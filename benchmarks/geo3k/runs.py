@@ -131,8 +131,7 @@ def execute(
     """One run after the other; what an earlier call has answered is not asked again.
 
     Raises:
-        UserError: a process failed; its log is named.
-        UserError: an endpoint failed.
+        UserError: a process failed, and its log is named; or an endpoint failed.
     """
     spec = folder / "questions.json"
     spec.write_text(

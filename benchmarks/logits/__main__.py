@@ -29,11 +29,12 @@ Row = dict[str, Any]
 
 def read(name: str) -> list[Row]:
     """Of `NAME.json`, and `NAME.2.json`, …: of a test that ran again, the last run."""
-    rows: dict[tuple[str, str], Row] = {}
+    rows: list[Row] = []
     for file in sorted(RESULTS.glob(f"{name}.*json"), key=lambda file: (len(file.name), file)):
-        for row in json.loads(file.read_text())["rows"]:
-            rows[row["test"], row["what"]] = row
-    return list(rows.values())
+        again = json.loads(file.read_text())["rows"]
+        tests = {row["test"] for row in again}
+        rows = [row for row in rows if row["test"] not in tests] + again
+    return rows
 
 
 def of(rows: list[Row], mode: str, model: str, geo3k: bool) -> list[Row]:

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .results import device, times
-from .tools import of_which
+from .results import device, of_which, times
 
 HERE = Path(__file__).parent
 SECTION = re.compile(r"(<!-- (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -1,4 +1,4 @@
-"""What the benchmarks of this folder have in common: their options, and how results are kept."""
+"""What the benchmarks of this folder have in common: their options, and how results are shown."""
 
 from __future__ import annotations
 
@@ -59,6 +59,13 @@ def times(ratio: dict[str, float]) -> str:
     """A ratio and its quartiles; by itself where it was measured once."""
     low, high = (f"{ratio[end]:.3f}" for end in ("low", "high"))
     return f"× {ratio['median']:.3f}" + (f" ({low}–{high})" if ratio["low"] < ratio["high"] else "")
+
+
+def of_which(command: dict[str, Any]) -> str:
+    """The parts of a command's time, and the least that it can take."""
+    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in command["parts"].items())
+    least = command.get("least_seconds")
+    return parts + (f"; importing LibCST and parsing alone {least:.1f}" if least else "")
 
 
 def device(result: dict[str, Any]) -> str:

@@ -303,7 +303,7 @@ def benchmark(args: argparse.Namespace, options: list[str], console: Console) ->
 
 def shown(result: dict[str, Any]) -> dict[str, Any]:
     """Without the turns, of which the rows have medians and quartiles."""
-    return {key: value for key, value in result.items() if key not in ("starts", "workloads")}
+    return {key: value for key, value in result.items() if key != "workloads"}
 
 
 def output(args: argparse.Namespace) -> Path:

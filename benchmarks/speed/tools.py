@@ -73,6 +73,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         fromfile_prefix_chars="@",
+        epilog="@FILE stands for the arguments in a file, one a line",
     )
     add = parser.add_argument
     add("--tree", type=Path, required=True, help="a release as it is installed")
@@ -156,12 +157,6 @@ def median(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
     return told | ({"least_seconds": float(np.median(least))} if least else {})
 
 
-def of_which(command: dict[str, Any]) -> str:
-    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in command["parts"].items())
-    least = command.get("least_seconds")
-    return parts + (f"; importing LibCST and parsing alone {least:.1f}" if least else "")
-
-
 def benchmark(args: argparse.Namespace, options: list[str], progress: Progress) -> dict[str, Any]:
     results.claim(args.output_dir)
     names = ["overlay apply", *(f"make wheel, {device}" for device in args.devices)]
@@ -203,7 +198,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     table.add_column("seconds", justify="right")
     table.add_column("of which")
     for command in result["commands"]:
-        table.add_row(command["name"], f"{command['seconds']:.1f}", of_which(command))
+        table.add_row(command["name"], f"{command['seconds']:.1f}", results.of_which(command))
     console.print(table)
 
 

@@ -93,7 +93,7 @@ def test_by_model(found, version):
     assert before.models["Granite 4 Vision"]["D2"] == "present"
 
 
-def test_readme_has_the_tables(found):
+def test_docs_have_the_tables(found):
     """`python -m tests.overlay.table` prints them."""
     text = (releases.ROOT / "docs/defects.md").read_text()
     assert table.table(found) in text

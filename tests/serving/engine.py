@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tools.engines import engine_job, stopping
+from tools.engines import engine_job, make_engine, stopping
 from tools.parity.compare import Run
 from tools.parity.engine import answer, logits
 from tools.parity.run import Result
@@ -32,14 +32,13 @@ class Engine:
     Any process may use it that has forked off from the one that made it, one at a time.
 
     Raises, at any use:
-        UserError: the engine died; the message has its own errors.
+        EngineError: the engine died; the message has its own errors.
     """
 
     def __init__(
         self, name: str, options: list[str], folder: Path, tree: Path | None = None, **env: str
     ):
-        self.job = engine_job(name, tree, [*options, *OPTIONS], folder, [])
-        self.job.module = __name__
+        self.job = engine_job(name, tree, [*options, *OPTIONS], folder, [], __name__)
         self.job.env |= env
         self.connection, theirs = multiprocessing.Pipe()
         self.job.start(str(theirs.fileno()), pass_fds=(theirs.fileno(),))
@@ -94,14 +93,9 @@ class Engine:
 def main(connection: Connection, options: list[str]) -> None:
     import torch
 
-    from vllm import LLM
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
     if not torch.cuda.is_available():
         options = [*options, "--worker-extension-cls", "tests.serving.unpinned.Unpinned"]
-    arguments = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(options)
-    llm = LLM(**vars(arguments))
+    llm = make_engine(options)
     while True:
         try:
             number, question = connection.recv()

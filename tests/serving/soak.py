@@ -24,7 +24,7 @@ from hypothesis.errors import Flaky
 from tqdm import tqdm
 
 from tools.cli import UserError
-from tools.engines import shared_cores
+from tools.engines import EngineError, shared_cores
 from tools.parity.compare import TOLERANCE, Difference, Run, compare
 
 from .engine import Engine
@@ -93,10 +93,10 @@ class Soak:
 
         Raises:
             DifferenceError: a request differs; the notes have the shrunk stream and the seed.
-        UserError: an engine died; the notes have the stream.
+        EngineError: an engine died; the notes have the stream.
         """
         budget = self.served.budget()
-        died: list[UserError] = []  # what Hypothesis must not take for a failure to shrink
+        died: list[EngineError] = []  # what Hypothesis must not take for a failure to shrink
         with tqdm(total=count, unit="request", disable=None) as bar:
 
             @hypothesis.seed(seed)
@@ -113,7 +113,7 @@ class Soak:
                     return
                 try:
                     self.check(stream)
-                except UserError as error:
+                except EngineError as error:
                     error.add_note(f"while it served, with --seed {seed}: {stream}")
                     died.append(error)
                 bar.update(len(stream))

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.tiny_models import HIDDEN
-from tools.cli import UserError
+from tools.engines import EngineError
 from tools.overlay.tree import Tree
 from tools.parity.compare import TOLERANCE, Run, compare
 
@@ -134,7 +134,7 @@ def test_a_prompt_ends_the_stock_release(start, model, error, stock_tree):
     engine = start(options, tree=stock_tree)
     (served,) = engine.serve([TEXT])
     assert served.logits.shape[0] == TEXT.max_tokens
-    with pytest.raises(UserError, match=error):
+    with pytest.raises(EngineError, match=error):
         engine.serve([EMBEDS_AND_IMAGE] if error.startswith("Sizes") else endings(model)[:1])
     engine.stop()
 
@@ -179,7 +179,7 @@ def test_embeddings_in_place_of_images(start, model, oracle, stock, stock_tree):
     request = Given(IMAGE.parts, IMAGE.max_tokens, embeddings=(embeds, grid))
     if stock:
         # Eager, its buffers are not inputs; compiled, it drops the levels and says nothing.
-        with pytest.raises(UserError, match="device meta"):
+        with pytest.raises(EngineError, match="device meta"):
             engine.serve([request])
     else:
         narrow = Given(IMAGE.parts, IMAGE.max_tokens, embeddings=(embeds[:, :HIDDEN], grid))
@@ -221,7 +221,7 @@ def test_stock_release_does_not_start_with_pipeline_parallelism(soak, stock_tree
     """D11."""
     options, cores = SHARDED["pipeline"], "|".join(CORES)
     checked = soak(*options, tree=stock_tree, cores=cores, **CUT["pipeline"])
-    with pytest.raises(UserError, match="No model architectures are specified"):
+    with pytest.raises(EngineError, match="No model architectures are specified"):
         checked.served.serve([])
 
 

@@ -55,7 +55,7 @@ def ends_in_image(parts: tuple[Text | Picture, ...], max_tokens: int, then_text:
 
 def image_ends_prompt(then_text: bool) -> list[Request]:
     """While texts decode, a prompt whose last token is its image's, alone in its step; then
-    another text."""
+    another text. With `then_text`, an end mark and a text are beside it."""
     stream: list[Request] = []
     for number in range(8):
         stream += texts(number, 1 + number % 4, IDLE, max_tokens=12)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tools.cli import UserError
+from tools.engines import EngineError
 from tools.parity.compare import Run
 
 from .soak import DifferenceError, Soak
@@ -72,9 +72,9 @@ def test_difference_that_does_not_recur():
 def test_dead_engine_is_no_difference():
     class Dead(MadeUp):
         def serve(self, stream):
-            raise UserError("served died")
+            raise EngineError("served died")
 
-    with pytest.raises(UserError, match="served died") as death:
+    with pytest.raises(EngineError, match="served died") as death:
         Soak(Dead(), MadeUp(), 0.25).run(("image", "video"), 100, seed=3)
     assert "--seed 3: [Request(" in death.value.__notes__[0]
 

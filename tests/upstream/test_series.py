@@ -192,3 +192,9 @@ def test_errors(arguments, words, monkeypatch, capsys, tmp_path):
     assert main([*arguments, "--output-dir", str(tmp_path / "out")]) == 1
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_needs_no_pytorch():
+    """`make pr` has the tools' requirements alone."""
+    script = "import sys; sys.modules['torch'] = None; import upstream.__main__"
+    subprocess.run([sys.executable, "-c", script], cwd=releases.ROOT, check=True)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import PurePosixPath
@@ -35,20 +33,6 @@ from .syntax import (
 RELEASE = re.compile(r"#\s*release:\s*(.*)")
 
 
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Without garbage collection: trees have 100,000 nodes, none of which is garbage, and going
-    through them takes a third of a merge's time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@uncollected()
 def merge(
     ours: bytes, theirs: bytes, *, path: str, release: Version, overlay: Mapping[str, bytes]
 ) -> bytes:

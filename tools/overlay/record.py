@@ -6,7 +6,7 @@ import base64
 import csv
 import hashlib
 import io
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 
 from .transaction import STATE
 
@@ -24,13 +24,13 @@ def paths(record: bytes) -> set[str]:
 def patched(record: bytes, files: Mapping[str, bytes], kept: Sequence[str]) -> bytes:
     """A RECORD once `files` are in place: their rows, and those of what the overlay keeps to put
     back (`kept`: the paths of the originals)."""
-    old, rows = lines(record), []
+    old, rows, known = lines(record), [], set()
     for line in old:
         path = next(csv.reader([line]))[0]
+        known.add(path)
         end = line[len(line.rstrip("\r\n")) :]
         rows.append(row(path, files[path]) + end if path in files else line)
     end = "\r\n" if old[0].endswith("\r\n") else "\n"
-    known: Set[str] = paths(record)
     rows += [row(path, data) + end for path, data in files.items() if path not in known]
     rows += [f"{STATE}/{name},,{end}" for name in (".gitignore", "manifest.json")]
     rows += [f"{STATE}/originals/{path},,{end}" for path in kept]

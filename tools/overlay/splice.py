@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from functools import cache
+from functools import lru_cache
 
 import libcst as cst
 
@@ -159,7 +159,7 @@ def _anchor(statement: Statement, ours: Statement) -> str:
     return _text(statement, isinstance(statement, BLOCKS) and is_spliced(ours))
 
 
-@cache  # upstream's statements are compared with each of the overlay's
+@lru_cache(1000)  # upstream's statements are compared with each of the overlay's
 def _text(statement: Statement, first_line: bool) -> str:
     if first_line:
         changes = {"orelse": None} if hasattr(statement, "orelse") else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,6 +49,19 @@ class Merged:
     """What is there, which may be merged already."""
     upstream: bytes | None
     after: bytes
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without garbage collection: trees have 100,000 nodes, none of which is garbage, and going
+    through them takes a third of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Tree:
@@ -101,6 +115,7 @@ class Tree:
         data = self._read(path)
         return None if data is None else releases.sha256(data)
 
+    @uncollected()
     def plan(self) -> list[Merged]:
         """The overlay's files, each merged once, that this release needs.
 

@@ -25,6 +25,7 @@ from .run import reference_job, run, write_spec
 from .samples import FORMAT, Sample, builtin, load
 
 # What the check itself decides; given to an engine they would undo it.
+ENGINE = "tools.parity.engine"
 OWN = (
     "--enforce-eager",
     "--no-enforce-eager",
@@ -41,6 +42,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         fromfile_prefix_chars="@",
+        epilog="@FILE stands for the arguments in a file, one a line",
     )
     parser.add_argument(
         "--model", required=True, help="a checkpoint's folder, or its name on the hub"
@@ -106,8 +108,8 @@ def check(args: argparse.Namespace, options: list[str], folder: Path, console: C
         common += ["--gpu-memory-utilization", "0.4"]  # of a CPU's memory, too
     cores = shared_cores(2) if args.side_by_side else [[], []]
     jobs = [
-        engine_job("eager", args.vllm, [*common, "--enforce-eager"], folder, cores[0]),
-        engine_job("compiled", args.vllm, common, folder, cores[1]),
+        engine_job("eager", args.vllm, [*common, "--enforce-eager"], folder, cores[0], ENGINE),
+        engine_job("compiled", args.vllm, common, folder, cores[1], ENGINE),
     ]
     eager, compiled = run(jobs, spec, console, args.side_by_side)
     reference = None
