@@ -60,6 +60,7 @@ def uncollected() -> Iterator[None]:
     try:
         yield
     finally:
+        gc.freeze()  # what stays, in caches, is not gone through later either
         if enabled:
             gc.enable()
 
