@@ -41,8 +41,9 @@ OLD := 0.20.% 0.21.% 0.22.%
 BREAKABLE := $(filter-out $(OLD) 0.23.%,$(RELEASE))
 PR43617 := $(filter $(OLD),$(RELEASE))
 
-LIST := .venv/bin/python -m tools.package_index list
 DEVICES := cpu cuda
+LIST := .venv/bin/python -m tools.package_index list
+WHEELS = $(foreach device,$(DEVICES),$(addprefix wheel-$(device)-,$(shell $(LIST) $(device))))
 
 .PHONY: help wheel install overlay pr parity geo3k bench bench-tools bench-gpu bench-staging test \
 	test-fast test-unit test-engines test-optional test-gpu test-two-gpus release pipeline lint clean
@@ -171,15 +172,12 @@ test-two-gpus: $(GPU)/vllm
 
 ## all wheels of all releases, in dist/, and their SHA256SUMS
 release: overlay
-	$(MAKE) -j1 $(or $(foreach device,$(DEVICES),$(addprefix wheel-$(device)-,$(shell $(LIST) $(device)))),\
-		$(error the releases could not be listed))
+	$(MAKE) -j1 $(or $(strip $(WHEELS)),$(error the releases could not be listed))
 	cd dist && sha256sum *.whl > SHA256SUMS
 
-wheel-cpu-%:
-	$(MAKE) wheel RELEASE=$* VLLM_TARGET_DEVICE=cpu
-
-wheel-cuda-%:
-	$(MAKE) wheel RELEASE=$* VLLM_TARGET_DEVICE=cuda
+# wheel-cpu-0.22.1
+$(addsuffix -%,$(addprefix wheel-,$(DEVICES))):
+	$(MAKE) wheel RELEASE=$* VLLM_TARGET_DEVICE=$(patsubst wheel-%-$*,%,$@)
 
 pipeline: .venv/tools
 	@.venv/bin/python .buildkite/pipeline.py

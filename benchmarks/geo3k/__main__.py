@@ -35,7 +35,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         fromfile_prefix_chars="@",
-        epilog="@FILE stands for the arguments in a file, one a line",
+        epilog="@FILE stands for the arguments in a file, one per line",
     )
     parser.add_argument(
         "--model",

@@ -53,7 +53,7 @@ def cell(rows: list[Row], count: int) -> str:
     requests = sum(int(row.get("requests") or row["samples"]) for row in rows)
     wrong = sum(row["wrong"] for row in rows)
     largest = max(row["largest"] for row in rows)
-    return f"{wrong} of {requests}, {f'{largest:.2g}' if largest else 'to the bit'}"
+    return f"{wrong} of {requests}, {f'{largest:.2g}' if largest else 'bit-identical'}"
 
 
 def table(release: str, model: str, geo3k: bool) -> list[str]:

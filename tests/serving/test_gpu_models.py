@@ -97,7 +97,7 @@ def draw(fleet, case, request: Request) -> None:
     "case",
     [
         pytest.param(Case("moss_audio", DEFAULT, DUMMY), marks=pytest.mark.bites("newest")),
-        Case("moss_audio", BREAKABLE, DUMMY),  # as released, not known: it is not compiled there
+        Case("moss_audio", BREAKABLE, DUMMY),  # not run as released
     ],
     ids=str,
 )

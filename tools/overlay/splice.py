@@ -156,11 +156,11 @@ def _find(statement: Statement, theirs: list[Statement]) -> int | None:
 
 def _anchor(statement: Statement, ours: Statement) -> str:
     """What has to be equal: of a block that is spliced its first line, else all of it."""
-    return _text(statement, isinstance(statement, BLOCKS) and is_spliced(ours))
+    return comparable(statement, isinstance(statement, BLOCKS) and is_spliced(ours))
 
 
 @lru_cache(1000)  # upstream's statements are compared with each of the overlay's
-def _text(statement: Statement, first_line: bool) -> str:
+def comparable(statement: Statement, first_line: bool) -> str:
     if first_line:
         changes = {"orelse": None} if hasattr(statement, "orelse") else {}
         body = cst.IndentedBlock([cst.SimpleStatementLine([cst.Pass()])])
