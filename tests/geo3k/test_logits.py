@@ -22,7 +22,7 @@ from tests.serving.soak import DifferenceError
 from tools.engines import engine_job, shared_cores
 from tools.parity.compare import tolerance
 from tools.parity.report import report, show
-from tools.parity.run import Result, reference_job, run, write_spec
+from tools.parity.run import ENGINE, Result, reference_job, run, write_spec
 from tools.parity.samples import Sample
 
 from . import NANO as FILES
@@ -151,10 +151,10 @@ def test_on_the_cpu(stock_tree, tmp_path):
     cores = shared_cores(2)
     reference = reference_job(str(FILES / "model"), "float32", tmp_path)
     jobs = [
-        engine_job("eager", None, [*options, "--enforce-eager"], tmp_path, cores[0]),
-        engine_job("compiled", None, options, tmp_path, cores[1]),
+        engine_job("eager", None, [*options, "--enforce-eager"], tmp_path, cores[0], ENGINE),
+        engine_job("compiled", None, options, tmp_path, cores[1], ENGINE),
     ]
-    more = [engine_job("stock", stock_tree, options, tmp_path, cores[0]), reference]
+    more = [engine_job("stock", stock_tree, options, tmp_path, cores[0], ENGINE), reference]
     console = Console(stderr=True)
     eager, compiled = run(jobs, spec, console, side_by_side=True)
     stock, transformers = run(more, spec, console, side_by_side=True)

@@ -21,11 +21,10 @@ from tools.cli import UserError
 from tools.engines import engine_job, shared_cores
 
 from .report import Report, report, show
-from .run import reference_job, run, write_spec
+from .run import ENGINE, reference_job, run, write_spec
 from .samples import FORMAT, Sample, builtin, load
 
 # What the check itself decides; given to an engine they would undo it.
-ENGINE = "tools.parity.engine"
 OWN = (
     "--enforce-eager",
     "--no-enforce-eager",

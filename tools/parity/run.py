@@ -17,6 +17,8 @@ from tools.engines import Job, import_path, stopping
 from .compare import Run
 from .samples import Sample
 
+ENGINE = "tools.parity.engine"
+
 
 @dataclass
 class Result:
