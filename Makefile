@@ -11,9 +11,11 @@ UV := $(VENV)/bin/uv pip install --quiet --python $(PY)
 # The GPU tests of a model or data set of the hub fetch it.
 export HF_HUB_OFFLINE ?= $(if $(GEO3K_MODEL)$(GEO3K_DATASET),0,1)
 export VLLM_CPU_KVCACHE_SPACE ?= 1
+# .venv has the plugin; the targets run each vLLM as its files are.
+export DEEPSTACK_DISABLE ?= 1
 unexport PYTHONPATH
 
-FORK := $(shell sed -n 's/^__version__ = "\(.*\)".*/\1/p' tools/overlay/__init__.py)
+FORK := $(shell sed -n 's/^__version__ = "\(.*\)".*/\1/p' tools/__init__.py)
 BUILD := VLLM_RELEASE=$(RELEASE) .venv/bin/python -m build --wheel --installer uv
 SOURCES := setup.py pyproject.toml README.md requirements/releases.json \
 	$(shell find vllm tools -name '*.py')
@@ -45,7 +47,7 @@ DEVICES := cpu cuda
 LIST := .venv/bin/python -m tools.package_index list
 WHEELS = $(foreach device,$(DEVICES),$(addprefix wheel-$(device)-,$(shell $(LIST) $(device))))
 
-.PHONY: help wheel install overlay pr parity geo3k bench bench-tools bench-gpu bench-staging test \
+.PHONY: help wheel install plugin pr parity geo3k bench bench-tools bench-gpu bench-staging test \
 	test-fast test-unit test-engines test-optional test-gpu test-two-gpus release pipeline lint clean
 
 help:
@@ -63,9 +65,9 @@ help:
 wheel: .venv/tools
 	$(BUILD)
 
-## build vllm-deepstack in dist/, which patches an installed vLLM without a clone
-overlay: .venv/tools
-	.venv/bin/python -m build --wheel --installer uv --outdir dist tools/overlay
+## build vllm-deepstack in dist/: vLLM's plugin, and the command
+plugin: .venv/tools
+	.venv/bin/python -m build --wheel --installer uv --outdir dist tools
 
 ## write the pull request to vLLM: patches and text in build/pr/
 pr: .venv/tools
@@ -91,6 +93,10 @@ $(GPU)/vllm: dist/.cuda-$(RELEASE) $(GPU)/tools
 		dist/vllm-$(RELEASE)+deepstack.$(FORK)-*.whl
 	touch $@
 
+$(VENV)/plugin: $(SOURCES) tools/pyproject.toml $(VENV)/vllm
+	$(UV) --reinstall-package vllm-deepstack --no-deps ./tools
+	touch $@
+
 $(STOCK): | .venv/tools
 	.venv/bin/python -m tools.package_index unpack $(RELEASE) cpu $@
 
@@ -98,10 +104,10 @@ $(TINY): tests/tiny_models.py | $(VENV)/vllm
 	$(PY) -m tests.tiny_models qwen3_vl $(TINY)
 	touch $@
 
-install: $(VENV)/vllm $(STOCK)
+install: $(VENV)/vllm $(VENV)/plugin $(STOCK)
 
 # The stock release diverges, as it should: exit code 1 is not a failure here.
-CHECK = $(PY) -m tools.parity --model $(TINY) $(ENGINE)
+CHECK = $(PY) -m tools check --model $(TINY) $(ENGINE)
 ## compare compiled and eager on a tiny Qwen3-VL: the stock release and the fork
 parity: install $(TINY)
 	$(CHECK) --vllm $(STOCK) --json $(PARITY)/stock.json || test $$? -eq 1
@@ -125,7 +131,7 @@ $(CUDA)/stock: | .venv/tools
 $(CUDA)/fork $(CUDA)/pr43617: | $(CUDA)/stock
 	rm -rf $@.part
 	cp -al $(CUDA)/stock $@.part
-	.venv/bin/python -m tools.overlay apply $@.part $(if $(filter %pr43617,$@),--overlay tests/pr43617)
+	.venv/bin/python -m tools apply $@.part $(if $(filter %pr43617,$@),--overlay tests/pr43617)
 	mv $@.part $@
 
 bench-gpu: $(GPU)/vllm $(CUDA)/fork
@@ -171,7 +177,7 @@ test-two-gpus: $(GPU)/vllm
 	$(GPU_PY) -m pytest -m gpu -k sharded tests/serving
 
 ## all wheels of all releases, in dist/, and their SHA256SUMS
-release: overlay
+release: plugin
 	$(MAKE) -j1 $(or $(strip $(WHEELS)),$(error the releases could not be listed))
 	cd dist && sha256sum *.whl > SHA256SUMS
 

@@ -27,9 +27,8 @@ from wheel.wheelfile import WheelFile
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # a build isolated from the project leaves it out
 
-from tools import package_index, releases  # noqa: E402
+from tools import __version__, package_index, releases  # noqa: E402
 from tools.cli import UserError  # noqa: E402
-from tools.overlay import __version__  # noqa: E402
 from tools.overlay.transaction import replace  # noqa: E402
 from tools.overlay.tree import Tree  # noqa: E402
 
@@ -173,8 +172,7 @@ class merged_dist_info(dist_info):
 class no_editable_wheel(editable_wheel):
     def run(self) -> None:
         raise PlatformError(
-            "the fork has no editable install: patch an installed vLLM with "
-            "`python -m tools.overlay apply`"
+            "the fork has no editable install: patch an installed vLLM with `vllm-deepstack apply`"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from functools import lru_cache
@@ -16,14 +17,17 @@ from packaging.version import Version
 
 from tools import package_index, releases
 from tools.cli import UserError
-from tools.overlay.__main__ import installed
-from tools.overlay.status import read_version
+from tools.overlay.status import public_version
+from tools.overlay.verbs import installed
 
 BUILD = releases.ROOT / "build"
 PR43617 = releases.ROOT / "tests" / "pr43617"
 FLEET = pytest.StashKey[Any]()
 
 # For tests that are meant to fail: it does not matter on how small an example.
+# The environment has the plugin. But for its own tests, each vLLM runs as its files are.
+os.environ["DEEPSTACK_DISABLE"] = "1"
+
 settings.register_profile("unshrunk", phases=[Phase.generate])
 
 
@@ -47,7 +51,7 @@ def pytest_configure(config):
 
 def pytest_report_header(config):
     try:
-        return f"vLLM {read_version(installed())} in {installed()}"
+        return f"vLLM {public_version(installed())} in {installed()}"
     except UserError:
         return "no vLLM is installed"
 
@@ -61,7 +65,7 @@ def in_release(item) -> bool:
 @lru_cache
 def version() -> str:
     """Of the vLLM that is imported."""
-    return str(read_version(installed()))
+    return str(public_version(installed()))
 
 
 def has_module(name: str) -> bool:

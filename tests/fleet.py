@@ -27,7 +27,8 @@ import numpy as np
 import pytest
 from packaging.specifiers import SpecifierSet
 
-from tools.engines import ROOT, import_path
+from tools import ROOT
+from tools.engines import import_path
 from tools.parity.compare import Run, tolerance
 
 from .conftest import missing_gpus, version

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +18,52 @@ class UserError(Exception):
 
 
 def run(command: Callable[[], int], failed: int = 2) -> int:
-    """The exit code of a command; `failed`, after the message and no traceback, of a UserError."""
+    """The exit code of a command. A UserError gives `failed`, with its message and no traceback;
+    Ctrl-C, and a reader that is gone, what a shell gives.
+    """
     try:
-        return command()
+        code = command()
+        sys.stdout.flush()
+        return code
     except UserError as error:
         notes = getattr(error, "__notes__", [])
         print("\n".join([f"error: {error}", *notes]), file=sys.stderr)
         return failed
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing at exit, either
+        return 128 + signal.SIGPIPE
+
+
+def add_verb(
+    verbs: Any,
+    name: str,
+    about: str,
+    description: str,
+    examples: str,
+    *,
+    failed: int,
+    execute: Callable[[argparse.Namespace], int],
+    engine_options: bool = False,
+    **options: Any,
+) -> argparse.ArgumentParser:
+    """A verb of `vllm-deepstack`, which may take vLLM's own options, too. `failed` is its exit code
+    after an error; `execute` gives it otherwise."""
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name,
+        help=about,
+        description=description,
+        epilog=examples,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **options,
+    )
+    parser.set_defaults(
+        parser=parser, failed=failed, execute=execute, engine_options=engine_options
+    )
+    return parser
 
 
 def positive(text: str) -> int:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from .cli import UserError
-from .releases import ROOT
 
 STAGE = "[stage] "
 """Begins a line of a process's log that says what it is doing."""
@@ -127,9 +126,10 @@ def engine_job(
 
 def import_path(tree: Path | None = None) -> dict[str, str]:
     """The environment in which a worker finds the project, and the vLLM in `tree` before others."""
-    paths = [str(tree.resolve())] if tree else []
-    paths += [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    paths = [tree.resolve()] if tree else []
+    paths.append(Path(__file__).resolve().parents[1])
+    before = filter(None, [os.environ.get("PYTHONPATH")])
+    return os.environ | {"PYTHONPATH": os.pathsep.join([*map(str, paths), *before])}
 
 
 @contextmanager

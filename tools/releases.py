@@ -5,16 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 from packaging.version import Version
 
+from . import ROOT
 from .cli import UserError
 
-# The folder that has vllm/ and requirements/: the repository, or what was installed of it.
-ROOT = next(
-    folder for folder in Path(__file__).resolve().parents if (folder / "requirements").is_dir()
-)
 TABLE = ROOT / "requirements" / "releases.json"
 
 

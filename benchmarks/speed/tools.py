@@ -26,10 +26,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.machine import machine
-from tools import cli
+from tools import ROOT, cli
 from tools.cli import UserError
 from tools.overlay.tree import Tree
-from tools.releases import ROOT
 
 from . import plots, results
 
@@ -122,7 +121,7 @@ def run(command: list[str], parts: dict[str, str], **env: str) -> dict[str, Any]
 
 def apply(tree: Path, repeats: int = 5) -> dict[str, Any]:
     """The command; then its parts, in processes that do the same and look at the clock."""
-    overlay = [sys.executable, "-m", "tools.overlay"]
+    overlay = [sys.executable, "-m", "tools"]
     whole: list[float] = []
     least: list[float] = []
     files = [str(root / path) for path in Tree(tree).overlay for root in (ROOT, tree)]
@@ -181,7 +180,7 @@ def benchmark(args: argparse.Namespace, options: list[str], progress: Progress) 
                 runs[name].append(run(["make", "wheel"], WHEEL, VLLM_TARGET_DEVICE=device))
             if args.model:
                 step("parity check")
-                check = [sys.executable, "-m", "tools.parity", "--model", args.model, *options]
+                check = [sys.executable, "-m", "tools", "check", "--model", args.model, *options]
                 runs["parity check"].append(run(check, PARITY, VLLM_CACHE_ROOT=folder))
     return {
         "benchmark": "tools",

@@ -15,7 +15,7 @@ import pytest
 
 from tests.conftest import PR43617
 from tools import releases
-from tools.overlay.status import read_version
+from tools.overlay.status import public_version
 from tools.overlay.tree import Tree
 
 DEFAULT = str(releases.default().version)
@@ -39,7 +39,7 @@ def run_tests(tmp_path_factory):
 
     def run(tree: Path, *options: str) -> tuple[int, str]:
         log = tmp_path_factory.mktemp("log") / "pytest.log"
-        version = str(read_version(tree))
+        version = str(public_version(tree))
         files = [file for topic, file in FILES.items() if topic != "init" or version in INIT]
         process = context.Process(target=run_pytest, args=(tree, log, (*options, *files)))
         process.start()

@@ -48,16 +48,10 @@ def parity(models, samples, tmp_path):
     """Runs the check: (exit code, report)."""
 
     def run(model: str, *options: object, cache: Path | None = None) -> tuple[int, dict]:
-        command = [
-            sys.executable,
-            "-m",
-            "tools.parity",
-            "--model",
-            models[model],
+        command = [sys.executable, "-m", "tools", "check", "--model", models[model]]
+        command += [
             "--dtype",
             "float32",
-        ]
-        command += [
             "--samples",
             samples,
             "--side-by-side",
@@ -147,7 +141,7 @@ def test_model_without_images(tmp_path):
     tiny_models.draw_weights(model, 0)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    command = [sys.executable, "-m", "tools.parity", "--model", tmp_path / "model", *SMALL]
+    command = [sys.executable, "-m", "tools", "check", "--model", tmp_path / "model", *SMALL]
     command += ["--dtype", "float32", "--num-samples", "2", "--max-tokens", "3", "--json"]
     env = os.environ | {"VLLM_CACHE_ROOT": str(tmp_path), "VLLM_CPU_KVCACHE_SPACE": "1"}
     done = subprocess.run(
@@ -170,7 +164,7 @@ def test_model_that_vllm_cannot_load(tmp_path):
     (tmp_path / "config.json").write_text(
         '{"model_type": "nonsense", "architectures": ["NonsenseForCausalLM"]}'
     )
-    command = [sys.executable, "-m", "tools.parity", "--model", str(tmp_path), "--num-samples", "1"]
+    command = [sys.executable, "-m", "tools", "check", "--model", str(tmp_path)]
     done = subprocess.run(command, cwd=releases.ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "eager failed" in done.stderr and "nonsense" in done.stderr

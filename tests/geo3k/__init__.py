@@ -1,3 +1,3 @@
-from tools.releases import ROOT
+from tools import ROOT
 
 NANO = ROOT / "benchmarks" / "geo3k_nano"

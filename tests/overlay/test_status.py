@@ -15,7 +15,7 @@ from packaging.version import Version
 
 from tests.conftest import PR43617
 from tools import releases
-from tools.overlay.__main__ import main
+from tools.__main__ import main
 from tools.overlay.defects import DEFECTS, KINDS, MODELS
 from tools.overlay.status import Status, status
 from tools.overlay.tree import STATE, Tree
@@ -121,7 +121,7 @@ def test_states_in_words(release_sources, capsys):
     assert "  fixed upstream: Qwen3-VL, Qwen3-VL-MoE, Qwen3-Omni\n" in about["D1"]
     assert "  present: Qwen3-VL, Qwen3-VL-MoE, Qwen3-Omni, Cohere Compass, Qwen4" in about["D2"]
     assert "  latent: Qwen3-VL, " in about["D5"]
-    assert f"to fix it: python -m tools.overlay apply {root}" in text
+    assert f"or: vllm-deepstack apply {root}" in text
     Tree(root).apply()
     assert main(["status", str(root), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -259,7 +259,7 @@ def test_an_older_overlay(release_sources):
 
 def test_the_installed_vllm():
     """Without a tree, that of this Python: here, the fork's wheel."""
-    command = [sys.executable, "-m", "tools.overlay", "status", "--json"]
+    command = [sys.executable, "-m", "tools", "status", "--json"]
     done = subprocess.run(command, cwd=releases.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "present" not in json.loads(done.stdout)["defects"].values()

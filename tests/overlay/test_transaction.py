@@ -13,8 +13,8 @@ import sys
 import pytest
 
 from tools import releases
+from tools.__main__ import main
 from tools.overlay import transaction
-from tools.overlay.__main__ import main
 from tools.overlay.tree import Tree
 
 from .faults import MODELS, code, content, overlays
@@ -69,7 +69,7 @@ def test_two_at_once(sources, verb, capsys):
 def test_no_room(sources, room):
     """Files may not grow beyond it: the system refuses to write, as on a full disk."""
     before = content(sources)
-    command = [sys.executable, "-m", "tools.overlay", "apply", str(sources)]
+    command = [sys.executable, "-m", "tools", "apply", str(sources)]
     done = subprocess.run(
         command,
         cwd=releases.ROOT,

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from tools import releases
+from tools.__main__ import main
 from tools.cli import UserError
 from tools.overlay import tree
-from tools.overlay.__main__ import main
 from tools.overlay.tree import Tree
 
 MODELS = "vllm/model_executor/models"
@@ -178,7 +178,7 @@ class TestErrors:
             if os.geteuid() == 0
             else []
         )
-        command = [*drop, sys.executable, "-m", "tools.overlay", "apply", str(sources)]
+        command = [*drop, sys.executable, "-m", "tools", "apply", str(sources)]
         done = subprocess.run(command, cwd=releases.ROOT, capture_output=True, text=True)
         for folder in folders:
             folder.chmod(0o755)

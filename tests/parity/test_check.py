@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from tools.__main__ import main
 from tools.cli import UserError
 from tools.engines import Job
-from tools.parity.__main__ import main
 from tools.parity.compare import Run
 from tools.parity.report import report, show
 from tools.parity.run import Result, run
@@ -144,7 +144,7 @@ class TestErrors:
     """Exit code 2, and a message that names the culprit."""
 
     def fails(self, capsys, *arguments: str) -> str:
-        assert main(list(arguments)) == 2
+        assert main(["check", *arguments]) == 2
         return capsys.readouterr().err.replace("\n", "")
 
     def test_no_model(self, capsys):
@@ -166,7 +166,7 @@ class TestErrors:
     )
     def test_options_that_undo_the_check(self, capsys, option):
         with pytest.raises(SystemExit) as end:
-            main(["--model", "m", option])
+            main(["check", "--model", "m", option])
         assert end.value.code == 2 and option.split("=")[0] in capsys.readouterr().err
 
     def test_failed_worker_shows_its_own_error(self, tmp_path):
@@ -179,6 +179,6 @@ class TestErrors:
 
     def test_help_says_the_exit_codes(self):
         done = subprocess.run(
-            [sys.executable, "-m", "tools.parity", "--help"], capture_output=True, text=True
+            [sys.executable, "-m", "tools", "check", "--help"], capture_output=True, text=True
         )
         assert "0 they agree, 1 they diverge, 2 the check could not run" in done.stdout

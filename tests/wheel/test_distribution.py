@@ -19,7 +19,7 @@ RELEASE = releases.default()
 @pytest.fixture(scope="module")
 def distribution(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dist")
-    done = run(sys.executable, "-m", "build", "--wheel", "--outdir", folder, "tools/overlay")
+    done = run(sys.executable, "-m", "build", "--wheel", "--outdir", folder, "tools")
     assert done.returncode == 0, done.stderr
     (built,) = folder.glob("vllm_deepstack-*-py3-none-any.whl")
     return built

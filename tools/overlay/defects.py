@@ -7,10 +7,10 @@ again, read. So it holds for vLLM as released, for the fork, and for a fix of so
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from packaging.specifiers import SpecifierSet
 
@@ -65,17 +65,72 @@ INTERNS1_PRO = Kind(f"{MODELS}/interns1_pro.py", "InternS1ProForConditionalGener
 
 
 @dataclass
+class Code:
+    """The files of a vLLM by their paths, `vllm/…/qwen3_vl.py`."""
+
+    root: Path
+    served: Mapping[str, bytes] = field(default_factory=dict)
+    """Those that the plugin serves in place of, or beside, the tree's own."""
+    parsed: dict[str, ast.Module] = field(default_factory=dict)
+
+    def has(self, path: str) -> bool:
+        return path in self.served or (self.root / path).is_file()
+
+    def parse(self, path: str) -> ast.Module:
+        if path not in self.parsed:
+            try:
+                data = self.served.get(path)
+                self.parsed[path] = ast.parse(data or (self.root / path).read_text())
+            except FileNotFoundError:
+                raise Unreadable(f"{self.root / path}: missing") from None
+            except (SyntaxError, UnicodeDecodeError) as error:
+                raise Unreadable(f"{self.root / path}: {error}") from None
+        return self.parsed[path]
+
+    def definition(self, path: str, name: str) -> ast.ClassDef:
+        for node in self.parse(path).body:
+            if isinstance(node, ast.ClassDef) and node.name == name:
+                return node
+        raise Unreadable(f"{self.root / path}: has no class {name}")
+
+    def lineage(self, path: str, name: str) -> list[ast.ClassDef]:
+        """A class and its bases in the tree, nearest first. What is not in the tree has no part."""
+        body = self.parse(path).body
+        found = [self.definition(path, name)]
+        for base in found[0].bases:
+            if not isinstance(base, ast.Name):
+                continue
+            if any(isinstance(node, ast.ClassDef) and node.name == base.id for node in body):
+                found += self.lineage(path, base.id)
+            elif (source := self.imported_from(path, base.id)) and self.has(source[0]):
+                found += self.lineage(*source)
+        return found
+
+    def imported_from(self, path: str, name: str) -> tuple[str, str] | None:
+        """The file and the name there of what a module imports under a name."""
+        for node in self.parse(path).body:
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            for alias in node.names:
+                if name == (alias.asname or alias.name):
+                    folder = PurePosixPath(path).parents[node.level - 1] if node.level else ""
+                    file = PurePosixPath(folder, *(node.module or "").split("."))
+                    return f"{file}.py", alias.name
+        return None
+
+
+@dataclass
 class Model:
     """A class with what it inherits from others in the tree."""
 
-    root: Path
+    code: Code
     kind: Kind
     methods: dict[str, ast.FunctionDef] = field(default_factory=dict)
     setters: dict[str, ast.FunctionDef] = field(default_factory=dict)
     """The setters of properties. Setting such an attribute is a call."""
 
     def __post_init__(self) -> None:
-        for cls in lineage(self.root, self.root / self.kind.file, self.kind.name):
+        for cls in self.code.lineage(self.kind.file, self.kind.name):
             for node in cls.body:
                 if not isinstance(node, ast.FunctionDef):
                     continue
@@ -85,7 +140,10 @@ class Model:
                 (self.setters if setter else self.methods).setdefault(node.name, node)
         for method in self.kind.methods:
             if method not in self.methods:
-                raise Unreadable(f"{self.root / self.kind.file}: {self.kind.name} has no {method}")
+                raise self.unreadable(f"{self.kind.name} has no {method}")
+
+    def unreadable(self, problem: str) -> Unreadable:
+        return Unreadable(f"{self.code.root / self.kind.file}: {problem}")
 
     def walk(self, *nodes: ast.AST) -> Iterator[ast.AST]:
         """All that runs there, in methods that are called as well."""
@@ -138,48 +196,6 @@ class Model:
             ):
                 found.append(name)
         return found
-
-
-def parse(file: Path) -> ast.Module:
-    try:
-        return ast.parse(file.read_text())
-    except FileNotFoundError:
-        raise Unreadable(f"{file}: missing") from None
-    except (SyntaxError, UnicodeDecodeError) as error:
-        raise Unreadable(f"{file}: {error}") from None
-
-
-def definition(module: ast.Module, file: Path, name: str) -> ast.ClassDef:
-    for node in module.body:
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            return node
-    raise Unreadable(f"{file}: has no class {name}")
-
-
-def lineage(root: Path, file: Path, name: str) -> list[ast.ClassDef]:
-    """A class and its bases in the tree, nearest first. What is not in the tree has no part."""
-    module = parse(file)
-    found = [definition(module, file, name)]
-    for base in found[0].bases:
-        if not isinstance(base, ast.Name):
-            continue
-        if any(isinstance(node, ast.ClassDef) and node.name == base.id for node in module.body):
-            found += lineage(root, file, base.id)
-        elif (source := imported_from(root, file, module, base.id)) and source[0].is_file():
-            found += lineage(root, *source)
-    return found
-
-
-def imported_from(root: Path, file: Path, module: ast.Module, name: str) -> tuple[Path, str] | None:
-    for node in module.body:
-        if not isinstance(node, ast.ImportFrom):
-            continue
-        for alias in node.names:
-            if name == (alias.asname or alias.name):
-                folder = file.parents[node.level - 1] if node.level else root
-                path = folder.joinpath(*(node.module or "").split("."))
-                return path.with_suffix(".py"), alias.name
-    return None
 
 
 def own_attribute(node: ast.AST) -> str | None:
@@ -348,8 +364,7 @@ def no_architecture(model: Model) -> bool:
 
 def lengths_on_cpu(model: Model) -> bool:
     """`cu_seqlens` are computed from `grid_thw`, which is kept on the CPU, and stay there."""
-    file = model.root / model.kind.file
-    cls = definition(parse(file), file, "Qwen3Omni_VisionTransformer")
+    cls = model.code.definition(model.kind.file, "Qwen3Omni_VisionTransformer")
     moved = any(
         isinstance(node, ast.Assign)
         and ast.unparse(node.targets[0]) == "cu_seqlens"
@@ -360,7 +375,7 @@ def lengths_on_cpu(model: Model) -> bool:
         isinstance(node, ast.keyword)
         and node.arg == "image_grid_thw"
         and "keep_on_cpu" in names(node.value)
-        for node in ast.walk(parse(model.root / MODELS / "qwen2_5_omni_thinker.py"))
+        for node in ast.walk(model.code.parse(f"{MODELS}/qwen2_5_omni_thinker.py"))
     )
     return kept and not moved
 
@@ -369,7 +384,7 @@ def refuses_prompts(model: Model) -> bool:
     """Positions are counted, and a prompt for which the count is wrong is an exception."""
     method = model.methods.get("get_mrope_input_positions")
     if method is None:
-        raise Unreadable(f"{model.root / model.kind.file}: no get_mrope_input_positions")
+        raise model.unreadable("no get_mrope_input_positions")
     return has(ast.walk(method), ast.Raise)
 
 
@@ -387,7 +402,7 @@ def splits_all(model: Model) -> bool:
     """All embeddings are joined and split alike: such as have no levels are an exception."""
     method = model.methods.get("_compute_deepstack_embeds")
     if method is None:
-        raise Unreadable(f"{model.root / model.kind.file}: no _compute_deepstack_embeds")
+        raise model.unreadable("no _compute_deepstack_embeds")
     joined = any(
         isinstance(node, ast.Call)
         and ast.unparse(node.func) == "torch.cat"
@@ -396,7 +411,7 @@ def splits_all(model: Model) -> bool:
     )
     return joined and any(
         isinstance(node, ast.Constant) and node.value == "prompt_embeds"
-        for node in ast.walk(parse(model.root / RUNNER))
+        for node in ast.walk(model.code.parse(RUNNER))
     )
 
 
@@ -513,9 +528,9 @@ DEFECTS = {
 }
 
 
-def drops_levels(root: Path) -> bool:
+def drops_levels(code: Code) -> bool:
     """InternS1-Pro inherits Qwen3-VL's class, and makes no buffers for the levels it computes."""
-    if not (root / INTERNS1_PRO.file).is_file():
+    if not code.has(INTERNS1_PRO.file):
         return False
-    model = Model(root, INTERNS1_PRO)
+    model = Model(code, INTERNS1_PRO)
     return model.kind.storage not in {name for name, _ in model.assigned(INIT)}

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 
 from .. import releases
 from ..cli import UserError
-from . import PROGRAM
 from .compile_cache import warnings
-from .defects import DEFECTS, EVERYWHERE, KINDS, MODELS, Model, Unreadable, drops_levels
-from .tree import OVERLAY, STATE, Tree, assigned
+from .defects import DEFECTS, EVERYWHERE, KINDS, MODELS, Code, Model, Unreadable, drops_levels
+from .tree import OVERLAY, Tree, overlay_files, transaction, version_of
+
+SCHEMA = 1
+"""Of `--json`: docs/schemas/status.json. Another number when a field changes its meaning."""
 
 CLEAN, AFFECTED, UNKNOWN = 0, 1, 2
 MIXIN = f"{MODELS}/deepstack.py"
@@ -28,6 +31,11 @@ INTERNS1_PRO_DROPS = (
     "InternS1-Pro computes DeepStack levels and drops them, as released: whether the model was "
     "trained with them is not known here"
 )
+FIXES = {
+    "plugin": "the plugin, when vLLM imports its models; the files are as released",
+    "patch": "a patch of the files, as `vllm-deepstack apply` makes it",
+    "wheel": "a `vllm` wheel that has the fixes",
+}
 # Of one defect, in different models, the first of these is the worst.
 STATES = (
     "present",
@@ -45,7 +53,11 @@ class Status:
     tree: str
     release: str | None
     overlay: str
-    """`not applied`, `applied`, `another version`, `interrupted`."""
+    """In the files: `not applied`, `applied`, `another version`, `interrupted`, `unreadable`."""
+    fix: str | None = None
+    """How the fix gets in: one of `FIXES`; None: not at all."""
+    plugin: str | None = None
+    """What the plugin says of this vLLM, or why it does not run; None where it is not installed."""
     models: dict[str, dict[str, str]] = field(default_factory=dict)
     """By model and defect: one of `STATES`. `latent`: there, but no engine reaches it."""
     problem: str | None = None
@@ -70,9 +82,10 @@ class Status:
             return UNKNOWN
         return AFFECTED if "present" in self.defects.values() else CLEAN
 
-    def json(self) -> str:
+    def json(self) -> dict[str, Any]:
         verdict = ("clean", "affected", "unknown")[self.code]
-        return json.dumps(asdict(self) | {"defects": self.defects, "verdict": verdict}, indent=1)
+        of = {"schema": SCHEMA, **asdict(self)}
+        return of | {"defects": self.defects, "verdict": verdict}
 
     def text(self) -> str:
         lines = [f"vLLM {self.release or 'of unknown version'} in {self.tree}"]
@@ -84,38 +97,50 @@ class Status:
             lines.append(f"  {name:<4} {DEFECTS[name].title}")
             for state in sorted(by_state, key=STATES.index):
                 lines.append(f"         {state}: {', '.join(by_state[state])}")
-        lines.append(f"the overlay: {self.overlay}")
+        lines.append(f"fixed by: {FIXES[self.fix]}" if self.fix else "fixed by: nothing")
+        if self.plugin:
+            lines.append(f"plugin: {self.plugin}")
         lines += [f"warning: {text}" for text in self.warnings]
         if self.problem:
             lines.append(f"cannot tell: {self.problem}")
         elif self.code == AFFECTED:
-            lines.append(f"affected; to fix it: {PROGRAM} apply {self.tree}")
+            lines.append(
+                "affected; to fix it, install vllm-deepstack beside this vLLM, or: vllm-deepstack "
+                f"apply {self.tree}"
+            )
         else:
             lines.append("clean")
         return "\n".join(lines)
 
 
-def status(root: Path, overlay: Path = OVERLAY, cache_dir: Path | None = None) -> Status:
+def status(
+    root: Path,
+    overlay: Path = OVERLAY,
+    cache_dir: Path | None = None,
+    served: Mapping[str, bytes] | None = None,
+) -> Status:
     """Reads the code; the version only tells fixed from never there. `cache_dir` is where
-    engines are told to keep their compiled graphs, if they are."""
-    version = read_version(root)
-    found = Status(str(root), str(version) if version else None, overlay_state(root, overlay))
-    if found.overlay == "interrupted":
-        found.problem = f"{root}: apply or revert was interrupted; call `revert`, or `apply` again"
+    engines are told to keep their compiled graphs, if they are. `served` is what the plugin
+    serves in place of the files."""
+    code = Code(root, served or {})
+    version, problems = public_version(root), []
+    state, problem = overlay_state(root, overlay)
+    found = Status(str(root), str(version) if version else None, state, fix_of(root, state, served))
+    if problem:
+        found.problem = problem
         return found
     if (root / MIXIN).is_file():
         found.warnings = warnings((root / MIXIN).stat().st_ctime, cache_dir)
     found.warnings += [text for name, text in BESIDE.items() if (root / name).is_dir()]
-    problems = []
     for name, kind in KINDS.items():
-        if not (root / kind.file).is_file() and name != EVERYWHERE:
+        if not code.has(kind.file) and name != EVERYWHERE:
             continue
         try:
-            found.models[name] = states_of(name, Model(root, kind), version, found.overlay)
+            found.models[name] = states_of(name, Model(code, kind), version, bool(found.fix))
         except Unreadable as error:
             problems.append(f"{name}: {error}")
     try:
-        if drops_levels(root):
+        if drops_levels(code):
             found.warnings.append(INTERNS1_PRO_DROPS)
     except Unreadable as error:
         problems.append(str(error))
@@ -123,7 +148,7 @@ def status(root: Path, overlay: Path = OVERLAY, cache_dir: Path | None = None) -
     return found
 
 
-def states_of(name: str, model: Model, version: Version | None, overlay: str) -> dict[str, str]:
+def states_of(name: str, model: Model, version: Version | None, overlaid: bool) -> dict[str, str]:
     states = {}
     for defect, about in DEFECTS.items():
         if name not in about.models:
@@ -134,7 +159,6 @@ def states_of(name: str, model: Model, version: Version | None, overlay: str) ->
         elif version is None:
             states[defect] = "not there"
         elif released.contains(version):
-            overlaid = overlay in ("applied", "another version")
             states[defect] = "fixed by the overlay" if overlaid else "fixed"
         elif any(released.contains(old) for old in releases.releases() if old < version):
             states[defect] = "fixed upstream"
@@ -143,22 +167,45 @@ def states_of(name: str, model: Model, version: Version | None, overlay: str) ->
     return states
 
 
-def read_version(root: Path) -> Version | None:
-    file = root / "vllm" / "_version.py"
+def public_version(root: Path) -> Version | None:
+    """Without the local part, which names a build; None where none is to be read."""
     try:
-        text = assigned(file, "__version__") if file.is_file() else None
-        return Version(Version(str(text)).public) if text else None
-    except (InvalidVersion, SyntaxError):
-        return None
-
-
-def overlay_state(root: Path, overlay: Path) -> str:
-    manifest = root / STATE / "manifest.json"
-    if manifest.is_file() and json.loads(manifest.read_text())["status"] != "applied":
-        return "interrupted"
-    if not (root / MIXIN).is_file():
-        return "not applied"
-    try:
-        return "another version" if Tree(root, overlay).changes() else "applied"
+        version = version_of(root)
     except UserError:
-        return "another version"
+        return None
+    return Version(version.public) if version else None
+
+
+def fix_of(root: Path, overlay: str, served: Mapping[str, bytes] | None) -> str | None:
+    if served:
+        return "plugin"
+    if overlay not in ("applied", "another version"):
+        return None
+    return "wheel" if is_fork(root) else "patch"
+
+
+def is_fork(root: Path) -> bool:
+    """Whether a vLLM's version is one of the fork's wheels: 0.22.1+deepstack.2."""
+    try:
+        version = version_of(root)
+    except UserError:
+        return False
+    return bool(version and version.local and version.local.startswith("deepstack"))
+
+
+def overlay_state(root: Path, overlay: Path) -> tuple[str, str | None]:
+    """One of the states of `Status.overlay`, and what is wrong with it."""
+    try:
+        manifest = transaction(root, overlay_files(overlay).keys()).manifest()
+    except UserError as error:
+        return "unreadable", str(error)
+    if manifest and manifest["status"] != "applied":
+        return "interrupted", (
+            f"{root}: apply or revert was interrupted; call `revert`, or `apply` again"
+        )
+    if not (root / MIXIN).is_file():
+        return "not applied", None
+    try:
+        return "another version" if Tree(root, overlay).changes() else "applied", None
+    except UserError:
+        return "another version", None

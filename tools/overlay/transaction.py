@@ -14,10 +14,12 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
+import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -26,6 +28,8 @@ from ..cli import UserError
 
 STATE = ".vllm-deepstack"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
+RECORD = re.compile(r"vllm[\w.+-]*\.dist-info/RECORD")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 Files = dict[str, bytes | None]
 """Contents by path in the tree; None for no file."""
 
@@ -50,21 +54,60 @@ def locked(root: Path) -> Iterator[None]:
 
 
 class Transaction:
-    """What was put in place of what, in a tree."""
+    """What was put in place of what, in a tree.
 
-    def __init__(self, root: Path, digest: Callable[[bytes | None], str | None]):
-        self.root, self.folder, self.digest = root, root / STATE, digest
+    `known` are the paths that it may change, beside the installation's RECORD. A manifest may have
+    been written by anybody who can write to the tree, and this may run as root.
+    """
+
+    def __init__(self, root: Path, digest: Callable[[bytes | None], str | None], known: Set[str]):
+        self.root, self.folder, self.digest, self.known = root, root / STATE, digest, known
+        self.released: Mapping[str, str] = {}
+        """The sha256 of the release's own files by path, once the release is known."""
 
     def manifest(self) -> dict | None:
-        file = self.folder / "manifest.json"
-        return json.loads(file.read_text()) if file.is_file() else None
+        """What was noted of a change; None if nothing was.
+
+        Raises:
+            UserError: it is not as `begin` and `mark` write it.
+        """
+        data = self.read(f"{STATE}/manifest.json")
+        if data is None and not os.path.lexists(self.folder):
+            return None
+        try:
+            manifest = json.loads(data or b"")
+            self.check(manifest, {"applying", "applied", "reverting"})
+            if "previous" in manifest:
+                self.check(manifest["previous"], {"applied"})
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{self.folder / 'manifest.json'}: not as vllm-deepstack wrote it: {error}; "
+                f"delete {self.folder}, and install vLLM again"
+            ) from None
+        return manifest
+
+    def check(self, manifest: object, statuses: Set[str]) -> None:
+        """Raises ValueError."""
+        if not isinstance(manifest, dict):
+            raise ValueError("not an object")
+        if manifest.get("status") not in statuses:
+            raise ValueError(f"its status is {manifest.get('status')!r}")
+        if not isinstance(manifest.get("release"), str):
+            raise ValueError("it names no release")
+        files = manifest.get("files")
+        if not isinstance(files, dict) or not files:
+            raise ValueError("it names no files")
+        for path, digest in files.items():
+            if path not in self.known and not RECORD.fullmatch(path):
+                raise ValueError(f"{path!r} is not a file that vllm-deepstack changes")
+            if digest is not None and not (isinstance(digest, str) and SHA256.fullmatch(digest)):
+                raise ValueError(f"{path!r} has no sha256")
 
     def original(self, path: str) -> bytes | None:
         return self.kept("originals", path)
 
     def kept(self, kind: str, path: str) -> bytes | None:
-        file = self.folder / kind / path
-        return file.read_bytes() if file.is_file() else None
+        return self.read(f"{STATE}/{kind}/{path}")
 
     def begin(self, originals: Files, after: Files, **facts: str) -> None:
         """Notes what is put in place of what. Over what was applied before, that is kept as well,
@@ -83,6 +126,8 @@ class Transaction:
             self.keep("originals", originals, made)
             (made / "manifest.json").write_text(json.dumps(manifest, indent=2))
             made.chmod(0o755)
+            for path in (made, *made.rglob("*")):
+                own(path, self.root.stat())
             made.rename(self.folder)
         except BaseException:
             shutil.rmtree(made)
@@ -92,7 +137,10 @@ class Transaction:
         for path, data in files.items():
             if data is not None:
                 file = folder / kind / path
-                file.parent.mkdir(parents=True, exist_ok=True)
+                for parent in [*reversed(file.relative_to(folder).parents)][1:]:
+                    if not (folder / parent).exists():
+                        (folder / parent).mkdir()
+                        own(folder / parent, self.root.stat())
                 replace(file, data, self.root)
 
     def write(self, manifest: dict) -> None:
@@ -120,6 +168,8 @@ class Transaction:
         copy = Path(tempfile.mkdtemp(prefix=f"{STATE}.", dir=self.root)) / folder.name
         try:
             shutil.copytree(folder, copy, symlinks=True, copy_function=link)
+            for path in (folder, *folder.rglob("*")):
+                own(copy / path.relative_to(folder), path.lstat())
             for name, data in files.items():
                 place(copy / name, data, self.root)
             exchange(folder, copy)
@@ -143,6 +193,13 @@ class Transaction:
         previous = manifest.get("previous")
         kind = "previous" if previous else "originals"
         before = {path: self.kept(kind, path) for path in manifest["files"]}
+        for path in () if previous else before:
+            expected = self.released.get(path)
+            if expected and self.digest(before[path]) != expected:
+                raise UserError(
+                    f"{self.folder / 'originals' / path}: missing, or not the release's; delete "
+                    f"{self.folder}, and install vLLM again"
+                )
         left = {}
         for path, after in reversed(manifest["files"].items()):
             now = self.now(path)
@@ -164,8 +221,28 @@ class Transaction:
         return list(before)
 
     def read(self, path: str) -> bytes | None:
-        file = self.root / path
-        return file.read_bytes() if file.is_file() else None
+        """A file's content; None if there is none.
+
+        Raises:
+            UserError: it is not a file of the tree's own, or what leads there is a link: writing
+                would reach what lies elsewhere.
+        """
+        file = self.root
+        for part in Path(path).parts:
+            file = file / part
+            try:
+                mode = file.lstat().st_mode
+            except FileNotFoundError:
+                return None
+            if stat.S_ISLNK(mode):
+                raise UserError(
+                    f"{file}: is a symbolic link to {os.readlink(file)}, which is left alone; name "
+                    "the folder that has the files, or install vLLM again with copies of them "
+                    "(uv: --link-mode copy)"
+                )
+        if not stat.S_ISREG(mode):
+            raise UserError(f"{file}: is not a file")
+        return file.read_bytes()
 
     def now(self, path: str) -> str | None:
         return self.digest(self.read(path))
@@ -182,7 +259,7 @@ class Transaction:
         Returns the paths of the files that it took back.
         """
         for left in self.root.glob(f"{STATE}.*"):
-            left.unlink() if left.is_file() else shutil.rmtree(left)
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         manifest = self.manifest()
         if manifest is None or manifest["status"] == "applied":
             shutil.rmtree(self.folder / "previous", ignore_errors=True)
@@ -216,6 +293,15 @@ def exchange(one: Path, other: Path) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(one))
 
 
+def own(path: Path, like: os.stat_result) -> None:
+    """Gives a file or folder the owner and the group of another."""
+    now = path.lstat()
+    if (now.st_uid, now.st_gid) != (like.st_uid, like.st_gid):
+        os.chown(path, like.st_uid, like.st_gid, follow_symlinks=False)
+        if not path.is_symlink():
+            path.chmod(stat.S_IMODE(now.st_mode))  # chown takes bits away
+
+
 def place(file: Path, data: bytes | None, scratch: Path) -> None:
     """A file's content, or no file; and none of what Python compiled of another."""
     if data is None:
@@ -236,8 +322,11 @@ def replace(file: Path, data: bytes, scratch: Path) -> None:
             output.flush()
             os.fsync(output.fileno())
         if file.exists():
-            shutil.copymode(file, temporary)
+            own(Path(temporary), file.stat())
+            shutil.copystat(file, temporary)  # with what security modules keep in attributes
+            os.utime(temporary)
         else:
+            own(Path(temporary), file.parent.stat())
             os.chmod(temporary, 0o644)
         os.replace(temporary, file)
     except BaseException:

@@ -5,21 +5,21 @@ from __future__ import annotations
 import ast
 import difflib
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
 
-from .. import releases
+from .. import ROOT, releases
 from ..cli import UserError
 from . import record
 from .merge import added, is_needed, merge, parsed
 from .splice import comparable
 from .transaction import STATE, Files, Transaction, locked
 
-OVERLAY = releases.ROOT
+OVERLAY = ROOT
 
 
 @dataclass(frozen=True)
@@ -67,52 +67,56 @@ def merging() -> Iterator[None]:
             gc.enable()
 
 
+class UnknownReleaseError(UserError):
+    """The vLLM is of a release that is not in the table."""
+
+
 class Tree:
     """A folder that contains `vllm/`: site-packages, an unpacked wheel or sdist, a checkout.
+
+    With `untested`, a release that is newer than those of the table is taken as it is.
 
     Raises:
         UserError: it contains none, or one of a release that is not known.
     """
 
-    def __init__(self, root: Path, overlay: Path = OVERLAY):
-        self.root = root
-        self.transaction = Transaction(root, digest)
-        self.overlay = {
-            path.relative_to(overlay).as_posix(): path.read_bytes()
-            for path in sorted((overlay / "vllm").rglob("*.py"))
-        }
+    def __init__(self, root: Path, overlay: Path = OVERLAY, untested: bool = False):
+        self.root, self.untested = root, untested
+        self.overlay = overlay_files(overlay)
         if not self.overlay:
             raise UserError(f"{overlay}: no overlay there: it has no vllm/**/*.py")
-        if not (root / "vllm" / "__init__.py").is_file():
+        if root.is_file():
+            raise UserError(f"{root}: is a file; name a folder that contains vllm/")
+        self.transaction = transaction(root, self.overlay.keys())
+        if self.transaction.read("vllm/__init__.py") is None:
             raise UserError(f"{root}: no vLLM there: it has no vllm/__init__.py")
         self.release = self._release()
+        self.transaction.released = self.release.sources
 
     def _release(self) -> releases.Release:
         table = releases.releases()
-        version_file = self.root / "vllm" / "_version.py"
-        if version_file.exists():
-            version = assigned(version_file, "__version__")
-            try:
-                public = Version(Version(str(version)).public)
-            except InvalidVersion:
-                raise UserError(f"{version_file}: no version found in it") from None
+        version = version_of(self.root)
+        if version:
+            public = Version(version.public)
             if public in table:
                 return table[public]
+            if self.untested and public > max(table):
+                hashes = {path: self._hash(path) for path in self.overlay}
+                sources = {path: found for path, found in hashes.items() if found}
+                return releases.Release(public, {}, sources, {}, {})
         else:  # a checkout that was never built: it is known by its files
-            version = "of unknown version"
             for release in table.values():
                 if all(self._hash(path) == digest for path, digest in release.sources.items()):
                     return release
-        raise UserError(
-            f"{self.root}: unknown release: vLLM {version}; the overlay knows "
-            + ", ".join(map(str, table))
+        raise UnknownReleaseError(
+            f"{self.root}: unknown release: vLLM {version or 'of unknown version'}; the overlay "
+            f"knows {', '.join(map(str, table))}"
         )
 
     def _read(self, path: str) -> bytes | None:
         """A file as upstream has it: what `apply` put aside, else what is there."""
         original = self.transaction.original(path)
-        file = self.root / path
-        return original if original is not None or not file.is_file() else file.read_bytes()
+        return self.transaction.read(path) if original is None else original
 
     def _hash(self, path: str) -> str | None:
         data = self._read(path)
@@ -125,7 +129,7 @@ class Tree:
         Raises:
             UserError: a file is not the release's, or the overlay does not fit it.
         """
-        manifest = self._manifest()
+        manifest = self.manifest()
         found = []
         version = self.release.version
         for path, ours in self.overlay.items():
@@ -222,11 +226,11 @@ class Tree:
             done = "call again, to finish or take back" if manifest else "nothing was changed"
             raise UserError(f"{self.root}: cannot be written to: {error}; {done}") from error
 
-    def _manifest(self) -> dict | None:
+    def manifest(self) -> dict | None:
         """What was applied; None if nothing was.
 
         Raises:
-            UserError: an `apply` or `revert` was interrupted.
+            UserError: an `apply` or `revert` was interrupted; or its manifest is not one.
         """
         manifest = self.transaction.manifest()
         if manifest and manifest["status"] != "applied":
@@ -257,13 +261,34 @@ def digest(data: bytes | None) -> str | None:
     return None if data is None else releases.sha256(data)
 
 
-def assigned(file: Path, name: str) -> object:
-    """The literal that a module assigns to a name; None if it does not."""
-    for statement in ast.parse(file.read_text()).body:
-        if (
-            isinstance(statement, ast.Assign)
-            and isinstance(statement.value, ast.Constant)
-            and any(isinstance(t, ast.Name) and t.id == name for t in statement.targets)
-        ):
-            return statement.value.value
-    return None
+def overlay_files(overlay: Path) -> dict[str, bytes]:
+    """By path."""
+    found = sorted((overlay / "vllm").rglob("*.py"))
+    return {path.relative_to(overlay).as_posix(): path.read_bytes() for path in found}
+
+
+def transaction(root: Path, paths: Set[str]) -> Transaction:
+    """Of a tree, for an overlay's files and those of all releases that the overlay knows."""
+    known = {path for release in releases.releases().values() for path in release.sources}
+    return Transaction(root, digest, known | paths)
+
+
+def version_of(root: Path) -> Version | None:
+    """What `_version.py` assigns to `__version__`; None in a checkout that was never built.
+
+    Raises:
+        UserError: there is no version in it.
+    """
+    file = root / "vllm" / "_version.py"
+    if not file.is_file():
+        return None
+    try:
+        for statement in ast.parse(file.read_bytes()).body:
+            if not isinstance(statement, ast.Assign):
+                continue
+            value, names = statement.value, map(ast.unparse, statement.targets)
+            if isinstance(value, ast.Constant) and "__version__" in names:
+                return Version(str(value.value))
+    except (InvalidVersion, SyntaxError):
+        pass
+    raise UserError(f"{file}: no version found in it")

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tools.engines import STAGE, make_engine, vllm_name
-
+from ..engines import STAGE, make_engine, vllm_name
 from .samples import Sample, with_images
 
 

@@ -12,8 +12,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
-from tools.engines import STAGE
-
+from ..engines import STAGE
 from .engine import open_image
 from .samples import Sample, with_images
 

@@ -13,8 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tools.cli import UserError
-
+from ..cli import UserError
 from .compare import TOLERANCE, Difference, compare
 from .run import Result
 

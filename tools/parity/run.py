@@ -12,12 +12,11 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from tools.engines import Job, import_path, stopping
-
+from ..engines import Job, import_path, stopping
 from .compare import Run
 from .samples import Sample
 
-ENGINE = "tools.parity.engine"
+ENGINE = f"{__package__}.engine"  # tools.parity, or vllm_deepstack.parity
 
 
 @dataclass
@@ -45,7 +44,7 @@ class Result:
 
 
 def reference_job(model: str, dtype: str, folder: Path) -> Job:
-    return Job("transformers", "tools.parity.reference", [model, dtype], import_path(), folder)
+    return Job("transformers", f"{__package__}.reference", [model, dtype], import_path(), folder)
 
 
 def write_spec(samples: list[Sample], builtin: bool, max_tokens: int, folder: Path) -> Path:

@@ -9,12 +9,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw, UnidentifiedImageError
 
-from tools.cli import UserError
+from ..cli import UserError
+from . import FORMAT
 
-FORMAT = (
-    'a sample is a JSON object with "prompt" (a string, placeholders included) or "messages" '
-    '(a chat), and "images" (a list of paths, relative to the file)'
-)
 QUESTIONS = (
     "What is the length of x?",
     "Which angle is the largest?",

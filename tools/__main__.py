@@ -1,0 +1,39 @@
+"""Fixes DeepStack models (Qwen3-VL, Qwen3-Omni and others) in an installed vLLM, and checks models.
+
+As a plugin it needs no command: once vllm-deepstack is installed, vLLM loads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from . import __version__, cli
+from .overlay import verbs as overlay
+from .parity import verb as parity
+
+
+def parser() -> argparse.ArgumentParser:
+    whole = argparse.ArgumentParser(
+        prog="vllm-deepstack",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="`vllm-deepstack VERB --help` has the options of a verb, and examples",
+    )
+    whole.add_argument("--version", action="version", version=f"vllm-deepstack {__version__}")
+    verbs = whole.add_subparsers(title="verbs", metavar="VERB", required=True)
+    overlay.add(verbs)
+    parity.add(verbs)
+    return whole
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args, options = parser().parse_known_args(arguments)
+    if options and not args.engine_options:
+        args.parser.error(f"unrecognized arguments: {' '.join(options)}")
+    args.options = options
+    return cli.run(lambda: args.execute(args), failed=args.failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""The plugin: vLLM imports the merged files in place of its own; its installation stays as it is.
+
+vLLM imports the modules of all `vllm.general_plugins` in every process, before it calls the first
+of them. Importing this module puts the finder in place. `register`, which vLLM calls then, only
+says so: a plugin that vLLM called before it may have imported a model already.
+
+The merged files are real files, in a folder of vLLM's cache root, since tracebacks and vLLM's
+compile cache read them. The first process merges, the others find the result there by the hashes
+of all that it is made of. Once it is there, nothing but the standard library is imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from importlib.util import find_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+from .. import ROOT, __version__
+
+logger = logging.getLogger("vllm.deepstack")  # below `vllm`, for which vLLM sets up handlers
+OFF = "DEEPSTACK_DISABLE"
+
+
+class Loader(SourceFileLoader):
+    """Compiles the source that was verified: no bytecode, whose checks are time and size."""
+
+    def __init__(self, name: str, path: str, source: bytes):
+        super().__init__(name, path)
+        self.source = source
+
+    def get_data(self, path: str) -> bytes:
+        return self.source if path == self.path else super().get_data(path)
+
+    def get_code(self, fullname: str) -> Any:
+        return self.source_to_code(self.source, self.path)
+
+    def exec_module(self, module: Any) -> None:
+        super().exec_module(module)
+        logger.info("vllm-deepstack: %s is imported from %s", module.__name__, self.path)
+
+
+class Finder(MetaPathFinder):
+    def __init__(self, files: dict[str, tuple[Path, bytes]]):
+        self.files = files
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name not in self.files:
+            return None
+        file, source = self.files[name]
+        return spec_from_file_location(name, file, loader=Loader(name, str(file), source))
+
+
+def install() -> tuple[int, str]:
+    """Puts the finder in place, all files or none. Returns what `register` logs: level, text."""
+    try:
+        if os.environ.get(OFF, "").lower() in ("1", "true"):
+            return logging.INFO, f"{OFF}={os.environ[OFF]}: vLLM runs as released"
+        root = vllm_root()
+        level, text, files = look_up(root)
+        if early := sorted(files.keys() & sys.modules.keys()):
+            return logging.WARNING, (
+                f"{', '.join(early)} was imported before vLLM loaded its plugins, so vLLM runs as "
+                f"released; `import {__name__}` earlier, or use `vllm-deepstack apply`"
+            )
+        if files:
+            sys.meta_path.insert(0, Finder(files))
+        return level, text
+    except Exception as error:  # it would end the process, or keep other plugins from loading
+        return logging.WARNING, f"{type(error).__name__}: {error}; vLLM runs as released"
+
+
+def register() -> None:
+    """The entry point. vLLM calls it in every process that does not share another's memory."""
+    level, text = OUTCOME
+    logger.log(level, "vllm-deepstack %s: %s", __version__, text)
+
+
+def vllm_root() -> Path:
+    """The folder that has vllm/."""
+    spec = find_spec("vllm")
+    if not spec or not spec.origin:
+        raise ImportError("no vLLM is installed")
+    return Path(spec.origin).parents[1]
+
+
+def look_up(root: Path) -> tuple[int, str, dict[str, tuple[Path, bytes]]]:
+    """Level, text, and the merged files by the names of their modules."""
+    key, problems = fingerprint(root), []
+    for folder in caches():
+        try:
+            private(folder)
+            found = load(folder / key) or build(root, folder / key)
+            if found:
+                return found
+        except OSError as error:
+            problems.append(str(error))
+    raise OSError(f"nowhere to keep the merged files: {'; '.join(problems)}")
+
+
+def fingerprint(root: Path) -> str:
+    """Of all that the merge is made of: this package, and vLLM's own files."""
+    ours = sorted(path.relative_to(ROOT) for path in (ROOT / "vllm").rglob("*.py"))
+    package = Path(__file__).parents[1]
+    files = sorted([*Path(__file__).parent.glob("*.py"), *package.glob("*.py")])
+    files += [ROOT / "requirements" / "releases.json", *(ROOT / path for path in ours)]
+    files += [root / "vllm" / "_version.py", root / ".vllm-deepstack" / "manifest.json"]
+    files += [root / path for path in ours]
+    hashed = hashlib.sha256(f"{__version__} {root}".encode())
+    for file in files:
+        data = file.read_bytes() if file.is_file() else b""
+        hashed.update(hashlib.sha256(data).digest())
+    return hashed.hexdigest()[:32]
+
+
+def caches() -> Iterator[Path]:
+    """Where merged files may be kept: vLLM's cache root, then a folder of one's own."""
+    from .compile_cache import cache_root
+
+    yield cache_root() / "deepstack"
+    import tempfile
+
+    yield Path(tempfile.gettempdir()) / f"vllm-deepstack-{os.geteuid()}"
+    yield Path(tempfile.mkdtemp(prefix="vllm-deepstack-"))
+
+
+def private(folder: Path) -> None:
+    """Makes the folder, if it is not there.
+
+    Raises:
+        OSError: it cannot be made, or somebody else can write to it.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if (
+        not stat.S_ISDIR(found.st_mode)
+        or found.st_uid != os.geteuid()
+        or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    ):
+        raise PermissionError(f"{folder}: others can write to it")
+
+
+def load(folder: Path) -> tuple[int, str, dict[str, tuple[Path, bytes]]] | None:
+    """What a process before this one has built; None if that is not there, or not whole."""
+    try:
+        found = json.loads((folder / "verdict.json").read_text())
+        files = {}
+        for path, digest in found["files"].items():
+            source = (folder / path).read_bytes()
+            if hashlib.sha256(source).hexdigest() != digest:
+                return None
+            files[path.removesuffix(".py").replace("/", ".")] = folder / path, source
+        return logging.WARNING if found["warning"] else logging.INFO, found["text"], files
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def build(root: Path, folder: Path) -> tuple[int, str, dict[str, tuple[Path, bytes]]] | None:
+    """Merges, and puts the result in place at once. Two processes may do so at the same time."""
+    import shutil
+    import tempfile
+
+    from .verdict import verdict
+
+    found = verdict(root)
+    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        hashes = {path: hashlib.sha256(data).hexdigest() for path, data in found.files.items()}
+        for path, data in found.files.items():
+            (made / "new" / path).parent.mkdir(parents=True, exist_ok=True)
+            (made / "new" / path).write_bytes(data)
+        (made / "new").mkdir(exist_ok=True)
+        about = {"text": found.text, "warning": found.warning, "files": hashes}
+        (made / "new" / "verdict.json").write_text(json.dumps(about, indent=1))
+        try:
+            os.rename(made / "new", folder)
+        except OSError:  # another process was first, or what is there is not whole
+            if not load(folder):
+                os.rename(folder, made / "old")
+                os.rename(made / "new", folder)
+        return load(folder)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+OUTCOME = install()
+# A forked process has its parent's modules, and vLLM does not call the plugins there again.
+os.register_at_fork(after_in_child=register)

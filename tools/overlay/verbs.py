@@ -1,0 +1,195 @@
+"""status, diff, apply, revert."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import urllib.request
+from importlib.metadata import Distribution, distributions
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from .. import __version__, cli
+from ..cli import UserError
+from . import PLUGIN
+from .status import SCHEMA, UNKNOWN, status
+from .tree import OVERLAY, Tree
+from .verdict import verdict
+
+TREE = (
+    "a folder that contains vllm/: site-packages, an unpacked wheel or sdist, a checkout "
+    "(default: that of the vLLM which this Python imports)"
+)
+STATUS = """\
+Says which of the defects D1 to D15 a vLLM has, read from its code, and how they are fixed: by the
+plugin, by `apply`, by a wheel, or not at all. Imports no vLLM and needs no GPU.
+
+exit code: 0 clean, 1 affected, 2 it cannot tell"""
+STATUS_EXAMPLES = """\
+examples:
+  vllm-deepstack status
+  vllm-deepstack status /opt/venv/lib/python3.12/site-packages
+  vllm-deepstack status --json | jq .verdict
+  vllm-deepstack status --url http://localhost:8000"""
+EXAMPLES = """\
+examples:
+  vllm-deepstack {0}
+  vllm-deepstack {0} /opt/venv/lib/python3.12/site-packages"""
+
+
+def add(verbs: Any) -> None:
+    found = cli.add_verb(
+        verbs,
+        "status",
+        "say whether a vLLM is affected, and how it is fixed",
+        STATUS,
+        STATUS_EXAMPLES,
+        failed=UNKNOWN,
+        execute=show_status,
+    )
+    found.add_argument("tree", type=Path, nargs="?", metavar="TREE", help=TREE)
+    found.add_argument("--json", action="store_true", help="JSON; docs/schemas/status.json")
+    found.add_argument(
+        "--url",
+        help="a running server instead: it says its version, which only the fork's wheel has "
+        "changed; of another it cannot tell",
+    )
+    found.add_argument(
+        "--cache-dir",
+        type=Path,
+        help="the compilation_config.cache_dir that you serve with, if you do: says whether "
+        "compiled graphs from before the patch are in it",
+    )
+    found.add_argument("--overlay", type=Path, default=OVERLAY, help=argparse.SUPPRESS)
+    for name, about, more, execute in (
+        (
+            "apply",
+            "patch a vLLM's files in place",
+            "Patches in place: all files, or none if it fails or is interrupted. In an "
+            "installation, RECORD is kept\ntrue. Restart running engines afterwards.",
+            apply,
+        ),
+        ("revert", "take the patch out again", "Puts back the bytes that were there.", revert),
+        (
+            "diff",
+            "print the patch, write nothing",
+            "Prints what `apply` would change, as a patch for `git apply`.",
+            diff,
+        ),
+    ):
+        verb = cli.add_verb(
+            verbs,
+            name,
+            about,
+            f"{more}\n\nexit code: 0, or 1 after an error",
+            EXAMPLES.format(name),
+            failed=1,
+            execute=execute,
+        )
+        verb.add_argument("tree", type=Path, nargs="?", metavar="TREE", help=TREE)
+        verb.add_argument(
+            "--overlay",
+            type=Path,
+            default=OVERLAY,
+            help="the folder whose vllm/ is merged (default: the fork's)",
+        )
+
+
+def show_status(args: argparse.Namespace) -> int:
+    if args.url:
+        return show_server(args)
+    root = args.tree or installed()
+    distribution = plugin(args.tree)
+    said, served = plugin_says(root, distribution) if distribution else (None, {})
+    found = status(root, args.overlay, args.cache_dir, served)
+    found.plugin = said
+    print(json.dumps(found.json(), indent=1) if args.json else found.text())
+    return found.code
+
+
+def plugin(tree: Path | None) -> Distribution | None:
+    """The distribution whose plugin a vLLM would load: from `tree`, or this Python's."""
+    for distribution in distributions(path=[str(tree)]) if tree else distributions():
+        for entry in distribution.entry_points:
+            if entry.group == "vllm.general_plugins" and entry.name == PLUGIN:
+                return distribution
+    return None
+
+
+def plugin_says(root: Path, distribution: Distribution) -> tuple[str, dict[str, bytes]]:
+    """What it does with a vLLM, and the files that it serves."""
+    name = f"vllm-deepstack {distribution.version}"
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and PLUGIN not in allowed.split(","):
+        return f"{name} does not run: VLLM_PLUGINS={allowed} leaves {PLUGIN} out", {}
+    if os.environ.get("DEEPSTACK_DISABLE", "").lower() in ("1", "true"):
+        return f"{name} does not run: DEEPSTACK_DISABLE={os.environ['DEEPSTACK_DISABLE']}", {}
+    if distribution.version != __version__:
+        return f"{name} is there; this is {__version__}, and cannot tell what it does", {}
+    found = verdict(root)
+    return f"{name}: {found.text}", found.files
+
+
+def show_server(args: argparse.Namespace) -> int:
+    url = f"{args.url.rstrip('/')}/version"
+    if not url.startswith(("http://", "https://")):
+        raise UserError(f"--url {args.url}: begins with neither http:// nor https://")
+    try:
+        with urllib.request.urlopen(url, timeout=10) as response:
+            version = json.load(response)["version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{url}: no answer from a vLLM server: {error}") from None
+    fork = "+deepstack" in version
+    told = {"schema": SCHEMA, "url": args.url, "version": version}
+    told |= {"fix": "wheel" if fork else None, "verdict": "clean" if fork else "unknown"}
+    if args.json:
+        print(json.dumps(told, indent=1))
+    elif fork:
+        print(f"vLLM {version} at {args.url}: a `vllm` wheel that has the fixes\nclean")
+    else:
+        print(
+            f"vLLM {version} at {args.url}\ncannot tell: a server does not say how its models were "
+            "loaded. With the plugin, each of\nits processes logs a line that begins with "
+            f"`vllm-deepstack {__version__}: vLLM {version}, DeepStack fixes for`"
+        )
+    return 0 if fork else UNKNOWN
+
+
+def tree_of(args: argparse.Namespace) -> tuple[Tree, str]:
+    tree = Tree(args.tree or installed(), args.overlay)
+    return tree, f"vLLM {tree.release.version} in {tree.root}"
+
+
+def diff(args: argparse.Namespace) -> int:
+    tree, _ = tree_of(args)
+    for change in tree.changes():
+        sys.stdout.writelines(change.diff())
+    return 0
+
+
+def apply(args: argparse.Namespace) -> int:
+    tree, name = tree_of(args)
+    changes = tree.apply()
+    for change in changes:
+        print(f"{'added' if change.before is None else 'merged'} {change.path}")
+    print(f"{name}: the overlay is applied" if changes else f"{name}: nothing to change")
+    return 0
+
+
+def revert(args: argparse.Namespace) -> int:
+    tree, name = tree_of(args)
+    for path in tree.revert():
+        print(f"restored {path}")
+    print(f"{name}: as it was before the overlay")
+    return 0
+
+
+def installed() -> Path:
+    """The folder of the vLLM that this Python would import."""
+    spec = find_spec("vllm")
+    if not spec or not spec.origin:
+        raise UserError("no vLLM is installed for this Python: name a folder that contains vllm/")
+    return Path(spec.origin).parents[1]
