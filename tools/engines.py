@@ -167,9 +167,9 @@ def make_engine(options: list[str]) -> Any:
 
 
 def vllm_name() -> str:
-    """The version of the vLLM that is imported; of a patched one, with a word that it is."""
+    """The version of the vLLM that is imported; of one that is fixed, with a word that it is."""
     from vllm import __version__
 
     if "deepstack" not in __version__ and find_spec("vllm.model_executor.models.deepstack"):
-        return f"{__version__} with the overlay"  # in place, it keeps its release's version
+        return f"{__version__} with vllm-deepstack"  # patched, or by the plugin
     return __version__

@@ -27,9 +27,11 @@ from packaging.requirements import Requirement
 from packaging.utils import parse_wheel_filename
 from packaging.version import Version
 
-from . import cli
+from . import ROOT, cli
 from .cli import UserError
-from .releases import ROOT, TABLE, Release, known, releases, sha256
+from .overlay.merge import replaced
+from .overlay.tree import overlay_files
+from .releases import TABLE, Release, known, releases, sha256
 
 if TYPE_CHECKING:
     from pypi_simple import PyPISimple
@@ -179,7 +181,7 @@ def pin(version: str) -> None:
     from remotezip import RemoteZip
 
     table = json.loads(TABLE.read_text())
-    overlay = [p.relative_to(ROOT).as_posix() for p in sorted((ROOT / "vllm").rglob("*.py"))]
+    overlay, contents = overlay_files(ROOT), {}
     entry = table["releases"].setdefault(version, {"requires": {}})
     entry["wheels"], entry["sources"] = {}, {}
     for device in DISTRIBUTIONS:
@@ -190,7 +192,8 @@ def pin(version: str) -> None:
         with RemoteZip(files[-1][1]) as wheel:
             for path in overlay:
                 if path in wheel.namelist():
-                    digest = sha256(wheel.read(path))
+                    contents[path] = wheel.read(path)
+                    digest = sha256(contents[path])
                     if entry["sources"].setdefault(path, digest) != digest:
                         raise UserError(
                             f"{path} differs between the CPU and the CUDA wheel of {version}"
@@ -207,6 +210,13 @@ def pin(version: str) -> None:
         entry["requires"]["cpu"] = [*found.values(), *kept]
     if not entry["sources"]:
         raise UserError(f"the package index has no vLLM {version}")
+    if Version(version) >= max(map(Version, table["releases"])):
+        table["replaced"] = {
+            path: replaced(
+                overlay[path], theirs, path=path, release=Version(version), overlay=overlay
+            )
+            for path, theirs in contents.items()
+        }
     table["releases"] = dict(sorted(table["releases"].items(), key=lambda item: Version(item[0])))
     TABLE.write_text(json.dumps(table, indent=2) + "\n")
 

@@ -123,7 +123,7 @@ def test_patched_stock_release_does_not_meet_its_old_graphs(
     Tree(tree).apply()
     code, report = parity(model, "--vllm", tree, cache=stock_cache)
     assert code == 0
-    assert report["vllm"] == f"{releases.default().version} with the overlay"
+    assert report["vllm"] == f"{releases.default().version} with vllm-deepstack"
     assert max(differences(report, True) + differences(report, False)) < 1e-3
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -50,6 +51,20 @@ def merge(
     return merged.bytes if merged is not module else theirs
 
 
+def replaced(
+    ours: bytes, theirs: bytes, *, path: str, release: Version, overlay: Mapping[str, bytes]
+) -> dict[str, str]:
+    """The definitions of upstream's that a merge replaces or deletes as a whole, with the sha256
+    of each. No anchor would notice that one of them has changed.
+
+    Raises:
+        UserError: as `merge`.
+    """
+    merger = _Merger(path, release, overlay)
+    merger.module(merger.parse(ours, "the overlay's file"), merger.parse(theirs, "upstream's"))
+    return dict(sorted(merger.replaced.items()))
+
+
 def added(ours: bytes, *, path: str, release: Version) -> bytes:
     """Returns an overlay file that upstream does not have, as it is.
 
@@ -93,6 +108,7 @@ class _Merger:
     release: Version
     overlay: Mapping[str, bytes]
     provided: dict[str, Set[str]] = field(default_factory=dict)
+    replaced: dict[str, str] = field(default_factory=dict)
 
     def error(self, definition: str, problem: object) -> UserError:
         return UserError(f"{self.path}: {definition}: {problem} (vLLM {self.release})")
@@ -177,11 +193,15 @@ class _Merger:
                 return splice(ours, theirs)
             except UserError as error:
                 raise self.error(name, error) from None
+        self.note(name, theirs)
         if meaning(ours) == meaning(theirs):
             return theirs
         comments = [line for line in leading_lines(ours) if line.comment]
         blank = [line for line in leading_lines(theirs) if not line.comment]
         return ours.with_changes(leading_lines=[*blank, *comments])
+
+    def note(self, name: str, theirs: Statement) -> None:
+        self.replaced[name] = hashlib.sha256(source(theirs).encode()).hexdigest()
 
     def check_new(self, statement: Statement, name: str, body: list[Statement]) -> None:
         if any(name == bound for other in body for _, _, bound in imported(other)):
@@ -203,10 +223,13 @@ class _Merger:
             for method in self.provided.get(source(base.value), ())
             if method not in kept
         }
-        old = statements(theirs.body)
-        body = [
-            s for s in old if not (isinstance(s, cst.FunctionDef) and s.name.value in taken_over)
-        ]
+        old, body = statements(theirs.body), []
+        for statement in old:
+            method = isinstance(statement, cst.FunctionDef) and statement.name.value
+            if method in taken_over:
+                self.note(f"{name}.{method}", statement)
+            else:
+                body.append(statement)
         body = self.members(members, body, name)
         merged = with_bases(theirs, ours.bases)
         if body == old:

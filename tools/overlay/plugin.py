@@ -28,14 +28,16 @@ from .. import ROOT, __version__
 
 logger = logging.getLogger("vllm.deepstack")  # below `vllm`, for which vLLM sets up handlers
 OFF = "DEEPSTACK_DISABLE"
+Files = dict[str, tuple[Path, bytes]]
+"""Where the merged files are, and their contents, by the names of their modules."""
 
 
 class Loader(SourceFileLoader):
     """Compiles the source that was verified: no bytecode, whose checks are time and size."""
 
-    def __init__(self, name: str, path: str, source: bytes):
+    def __init__(self, name: str, path: str, source: bytes, replaces: bool):
         super().__init__(name, path)
-        self.source = source
+        self.source, self.replaces = source, replaces
 
     def get_data(self, path: str) -> bytes:
         return self.source if path == self.path else super().get_data(path)
@@ -45,18 +47,21 @@ class Loader(SourceFileLoader):
 
     def exec_module(self, module: Any) -> None:
         super().exec_module(module)
-        logger.info("vllm-deepstack: %s is imported from %s", module.__name__, self.path)
+        if self.replaces:
+            logger.info("vllm-deepstack: %s is imported from %s", module.__name__, self.path)
 
 
 class Finder(MetaPathFinder):
-    def __init__(self, files: dict[str, tuple[Path, bytes]]):
-        self.files = files
+    def __init__(self, root: Path, files: Files):
+        self.root, self.files = root, files
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name not in self.files:
             return None
         file, source = self.files[name]
-        return spec_from_file_location(name, file, loader=Loader(name, str(file), source))
+        replaces = (self.root / f"{name.replace('.', '/')}.py").is_file()
+        loader = Loader(name, str(file), source, replaces)
+        return spec_from_file_location(name, file, loader=loader)
 
 
 def install() -> tuple[int, str]:
@@ -72,7 +77,7 @@ def install() -> tuple[int, str]:
                 f"released; `import {__name__}` earlier, or use `vllm-deepstack apply`"
             )
         if files:
-            sys.meta_path.insert(0, Finder(files))
+            sys.meta_path.insert(0, Finder(root, files))
         return level, text
     except Exception as error:  # it would end the process, or keep other plugins from loading
         return logging.WARNING, f"{type(error).__name__}: {error}; vLLM runs as released"
@@ -92,8 +97,8 @@ def vllm_root() -> Path:
     return Path(spec.origin).parents[1]
 
 
-def look_up(root: Path) -> tuple[int, str, dict[str, tuple[Path, bytes]]]:
-    """Level, text, and the merged files by the names of their modules."""
+def look_up(root: Path) -> tuple[int, str, Files]:
+    """What `register` logs, and what is served."""
     key, problems = fingerprint(root), []
     for folder in caches():
         try:
@@ -148,7 +153,7 @@ def private(folder: Path) -> None:
         raise PermissionError(f"{folder}: others can write to it")
 
 
-def load(folder: Path) -> tuple[int, str, dict[str, tuple[Path, bytes]]] | None:
+def load(folder: Path) -> tuple[int, str, Files] | None:
     """What a process before this one has built; None if that is not there, or not whole."""
     try:
         found = json.loads((folder / "verdict.json").read_text())
@@ -163,7 +168,7 @@ def load(folder: Path) -> tuple[int, str, dict[str, tuple[Path, bytes]]] | None:
         return None
 
 
-def build(root: Path, folder: Path) -> tuple[int, str, dict[str, tuple[Path, bytes]]] | None:
+def build(root: Path, folder: Path) -> tuple[int, str, Files] | None:
     """Merges, and puts the result in place at once. Two processes may do so at the same time."""
     import shutil
     import tempfile

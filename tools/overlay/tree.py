@@ -15,7 +15,7 @@ from packaging.version import InvalidVersion, Version
 from .. import ROOT, releases
 from ..cli import UserError
 from . import record
-from .merge import added, is_needed, merge, parsed
+from .merge import added, is_needed, merge, parsed, replaced
 from .splice import comparable
 from .transaction import STATE, Files, Transaction, locked
 
@@ -152,6 +152,16 @@ class Tree:
                 )
             found.append(merged)
         return found
+
+    def replaced(self, path: str) -> dict[str, str]:
+        """As `merge.replaced`, of a file that has not been merged; nothing where there is none."""
+        theirs = self._read(path)
+        if theirs is None or path not in self.overlay:
+            return {}
+        release = self.release.version
+        return replaced(
+            self.overlay[path], theirs, path=path, release=release, overlay=self.overlay
+        )
 
     def _foreign(self, merged: Merged) -> bool:
         """Whether a file is neither the release's nor what the overlay makes of it."""

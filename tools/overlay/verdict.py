@@ -7,6 +7,7 @@ from pathlib import Path
 
 from packaging.version import Version
 
+from .. import releases
 from ..cli import UserError
 from .defects import DEFECTS, KINDS
 from .status import CLEAN, Status, is_fork, public_version, status
@@ -44,7 +45,11 @@ def _verdict(root: Path) -> Verdict:
     files = {change.path: change.after for change in tree.changes()}
     if not files:
         return Verdict(f"{name} has the fixes already: nothing to do")
-    models, defects = fixed(root, tree.release.version) if tested else newly_fixed(root, files)
+    if tested:
+        models, defects = fixed(root, tree.release.version)
+    else:
+        check_replaced(tree)
+        models, defects = newly_fixed(root, files)
     text = f"{name}, DeepStack fixes for {', '.join(models)} ({', '.join(defects)})"
     if tested:
         return Verdict(text, files=files)
@@ -66,6 +71,18 @@ def fixed(root: Path, version: Version) -> tuple[list[str], list[str]]:
         if not defect.latent and released.contains(version) and (root / KINDS[model].file).is_file()
     ]
     return in_order(pairs)
+
+
+def check_replaced(tree: Tree) -> None:
+    """Raises UserError if a newer release has changed what the fork replaces as a whole."""
+    for path, expected in releases.replaced().items():
+        found = tree.replaced(path)
+        for name in sorted({*expected, *found}):
+            if found.get(name) != expected.get(name):
+                raise UserError(
+                    f"{path}: {name}: not as in vLLM {max(releases.releases())}, for which the fix "
+                    f"was written (vLLM {tree.release.version})"
+                )
 
 
 def newly_fixed(root: Path, files: dict[str, bytes]) -> tuple[list[str], list[str]]:
