@@ -2,7 +2,8 @@
 
     python -m tests.overlay.faults TREE FOLDER
 
-Prints, for each kill, what was found: `{"action", "write", "then", "found", "afterwards"}`.
+The tree is another user's, if this is root. Prints, for each kill, what was found:
+`{"action", "write", "then", "found", "afterwards", "owners"}`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tools.overlay.tree import Tree
 
 MODELS = "vllm/model_executor/models"
 KILLED = 9
+OTHER_USER = 12345
 WRITES = {
     "os.rename",
     "os.remove",
@@ -27,6 +29,9 @@ WRITES = {
     "os.mkdir",
     "os.link",
     "os.chmod",
+    "os.chown",
+    "os.setxattr",
+    "os.utime",
     "tools.overlay.exchange",
 }
 
@@ -34,6 +39,16 @@ WRITES = {
 def content(root: Path) -> dict[str, bytes]:
     files = (path for path in sorted(root.rglob("*")) if path.is_file())
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
+
+
+def owners(root: Path) -> list[int]:
+    """The users that own the folders and files of a tree."""
+    return sorted({path.lstat().st_uid for path in (root, *root.rglob("*"))})
+
+
+def give_away(root: Path, user: int) -> None:
+    for path in (root, *root.rglob("*")):
+        os.chown(path, user, user, follow_symlinks=False)
 
 
 def code(found: dict[str, bytes]) -> dict[str, bytes]:
@@ -46,7 +61,7 @@ def overlays(folder: Path) -> tuple[Path, Path]:
         models = folder / version / MODELS
         models.mkdir(parents=True)
         (models / "deepstack.py").write_text(f"VERSION = {version!r}\n")
-        (models / "further.py").write_text("from .deepstack import VERSION\n")
+        (models / "moss_audio.py").write_text("from .deepstack import VERSION\n")
         (models / "qwen3_vl_moe.py").write_text(f"DEEPSTACK = {version!r}\n")
     return folder / "older", folder / "newer"
 
@@ -80,6 +95,8 @@ def faults(tree: Path, folder: Path) -> Iterator[dict[str, Any]]:
     def fresh(*applied: Path) -> dict[str, bytes]:
         shutil.rmtree(root, ignore_errors=True)
         shutil.copytree(tree, root)
+        if os.geteuid() == 0:
+            give_away(root, OTHER_USER)
         for overlay in applied:
             Tree(root, overlay).apply()
         return content(root)
@@ -111,6 +128,7 @@ def faults(tree: Path, folder: Path) -> Iterator[dict[str, Any]]:
                     "then": then,
                     "found": found,
                     "afterwards": later,
+                    "owners": owners(root),
                 }
                 write += 1
 

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import jsonschema
 import pytest
 from packaging.version import Version
 
@@ -42,6 +43,9 @@ PRESENT = {
 QWEN = ("Qwen3-VL", "Qwen3-VL-MoE", "Qwen3-Omni")
 OF_QWEN = {"D1": ("0.20.0", "0.22.1"), "D2": ("0.23.0", "0.33.0"), "D3": ("0.23.0", "0.27.1")}
 SINCE = {"MOSS-Audio": "0.24.0", "Qwen4-Exp": "0.29.0", "Cohere Compass": "0.30.0"}
+
+
+SCHEMA = json.loads((releases.ROOT / "docs/schemas/status.json").read_text())
 
 
 def within(version: str, first: str, last: str) -> bool:
@@ -128,6 +132,8 @@ def test_states_in_words(release_sources, capsys):
     assert (told["verdict"], told["release"], told["overlay"]) == ("clean", "0.30.0", "applied")
     assert told["defects"]["D2"] == "fixed by the overlay"
     assert told["models"]["Cohere Compass"]["D2"] == "fixed by the overlay"
+    assert (told["fix"], told["plugin"]) == ("patch", None)
+    jsonschema.validate(told, SCHEMA)
 
 
 def test_code_counts_not_the_version(release_sources):

@@ -8,11 +8,13 @@ import sys
 from io import StringIO
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
 
+from tools import ROOT
 from tools.__main__ import main
 from tools.cli import UserError
 from tools.engines import Job
@@ -20,6 +22,8 @@ from tools.parity.compare import Run
 from tools.parity.report import report, show
 from tools.parity.run import Result, run
 from tools.parity.samples import Sample, builtin, load, with_images
+
+SCHEMA = json.loads((ROOT / "docs/schemas/check.json").read_text())
 
 
 @pytest.fixture
@@ -109,6 +113,7 @@ class TestReport:
     def test_agreement_and_divergence(self):
         one = report("m", result(0, 0), result(2e-4, 1e-5), None, None)
         assert one["agrees"] and one["tolerance"] == 1e-3
+        jsonschema.validate(one, SCHEMA)
         assert one["noise_floor"] == pytest.approx(1e-5)
         two = report("m", result(0, 0), result(2e-3, 1e-5), None, None)
         assert [s["agrees"] for s in two["samples"]] == [False, True] and not two["agrees"]
@@ -125,6 +130,7 @@ class TestReport:
     def test_reference_is_a_third_column(self):
         one = report("m", result(0, 0), result(0, 0), result(0.5, 0), None)
         assert one["agrees"] and one["samples"][0]["eager_to_transformers"]["first"] == 0.5
+        jsonschema.validate(one, SCHEMA)
         output = StringIO()
         show([one], Console(file=output, width=80))
         assert "Transformers 5" in output.getvalue() and "0.50" in output.getvalue()

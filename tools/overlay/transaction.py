@@ -90,7 +90,7 @@ class Transaction:
         """Raises ValueError."""
         if not isinstance(manifest, dict):
             raise ValueError("not an object")
-        if manifest.get("status") not in statuses:
+        if manifest.get("status") not in [*statuses]:  # it may be of any type
             raise ValueError(f"its status is {manifest.get('status')!r}")
         if not isinstance(manifest.get("release"), str):
             raise ValueError("it names no release")

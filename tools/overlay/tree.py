@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import errno
 import gc
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
@@ -234,6 +235,8 @@ class Tree:
         except OSError as error:
             manifest = self.transaction.manifest()
             done = "call again, to finish or take back" if manifest else "nothing was changed"
+            if error.errno in (errno.EXDEV, errno.EBUSY):
+                done += "; a part of it is another file system: use the plugin instead"
             raise UserError(f"{self.root}: cannot be written to: {error}; {done}") from error
 
     def manifest(self) -> dict | None:

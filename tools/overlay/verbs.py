@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import urllib.request
+from http.client import HTTPException
 from importlib.metadata import Distribution, distributions
 from importlib.util import find_spec
 from pathlib import Path
@@ -140,7 +141,9 @@ def show_server(args: argparse.Namespace) -> int:
     try:
         with urllib.request.urlopen(url, timeout=10) as response:
             version = json.load(response)["version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not isinstance(version, str):
+            raise ValueError(f"its version is {version!r}")
+    except (OSError, ValueError, KeyError, TypeError, HTTPException) as error:
         raise UserError(f"{url}: no answer from a vLLM server: {error}") from None
     fork = "+deepstack" in version
     told = {"schema": SCHEMA, "url": args.url, "version": version}

@@ -18,6 +18,8 @@ from .compare import TOLERANCE, Difference, compare
 from .run import Result
 
 Report = dict[str, Any]
+SCHEMA = 1
+"""Of a report: docs/schemas/check.json. Another number when a field changes its meaning."""
 
 
 def report(
@@ -55,6 +57,7 @@ def report(
             )
         samples.append(sample)
     return {
+        "schema": SCHEMA,
         "model": model,
         "vllm": eager.meta["vllm"],
         "transformers": reference.meta["transformers"] if reference else None,

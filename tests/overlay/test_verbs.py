@@ -1,0 +1,203 @@
+"""The command `vllm-deepstack`: help, versions, ends; and what `status` says of the plugin and of
+servers."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from tools import ROOT, __version__
+from tools.__main__ import main, parser
+from tools.overlay.tree import Tree
+
+from .faults import content
+from .test_status import SCHEMA
+
+COMMAND = [sys.executable, "-m", "tools"]
+VERBS = ("status", "apply", "revert", "diff", "check")
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"vllm-deepstack {__version__}\n"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_has_help_and_examples(verb, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([verb, "--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert f"usage: vllm-deepstack {verb} " in text
+    assert f"\nexamples:\n  vllm-deepstack {verb}" in text and "exit code" in text
+    assert verb in parser().format_help()
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "the following arguments are required: VERB"),
+        (["mend"], "invalid choice: 'mend'"),
+        (["status", "--jsn"], "vllm-deepstack status: error: unrecognized arguments: --jsn"),
+        (["apply", "a", "b"], "unrecognized arguments: b"),
+        (["check"], "the following arguments are required: --model"),
+    ],
+)
+def test_usage_errors(arguments, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_reader_that_is_gone(release_sources):
+    """`vllm-deepstack diff | head -1`"""
+    diff = f"{' '.join(COMMAND)} diff {release_sources('0.22.1')}"
+    command = ["bash", "-c", f"{diff} | head -1; exit ${{PIPESTATUS[0]}}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.startswith("diff --git ") and done.stdout.count("\n") == 1
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_ctrl_c(release_sources):
+    """In the middle of `apply`: what it had done is taken back."""
+    root = release_sources("0.22.1")
+    before = content(root)
+    code = f"""
+import os, signal, sys
+from tools.__main__ import main
+def hook(event, args):
+    if event == "tools.overlay.exchange":
+        os.kill(os.getpid(), signal.SIGINT)
+sys.addaudithook(hook)
+sys.exit(main(["apply", {str(root)!r}]))
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGINT, "interrupted\n")
+    assert content(root) == before
+
+
+@pytest.fixture
+def site(release_sources) -> Path:
+    """site-packages with 0.22.1 and, by its metadata, the plugin."""
+    root = release_sources("0.22.1")
+    info = root / f"vllm_deepstack-{__version__}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Name: vllm-deepstack\nVersion: {__version__}\n")
+    (info / "entry_points.txt").write_text(
+        "[vllm.general_plugins]\ndeepstack = vllm_deepstack.overlay.plugin:register\n"
+    )
+    return root
+
+
+class TestPlugin:
+    def status(self, site: Path, capsys, code: int) -> dict:
+        assert main(["status", str(site), "--json"]) == code
+        told = json.loads(capsys.readouterr().out)
+        jsonschema.validate(told, SCHEMA)
+        assert main(["status", str(site)]) == code
+        told["text"] = capsys.readouterr().out
+        return told
+
+    def test_it_fixes(self, site, capsys, monkeypatch):
+        monkeypatch.delenv("DEEPSTACK_DISABLE")
+        told = self.status(site, capsys, 0)
+        assert (told["verdict"], told["fix"], told["overlay"]) == ("clean", "plugin", "not applied")
+        assert told["defects"]["D1"] == "fixed by the overlay"
+        assert (
+            f"\nplugin: vllm-deepstack {__version__}: vLLM 0.22.1, DeepStack fixes for"
+            in told["text"]
+        )
+
+    @pytest.mark.parametrize(
+        "variable, value, words",
+        [
+            ("DEEPSTACK_DISABLE", "1", "does not run: DEEPSTACK_DISABLE=1"),
+            ("VLLM_PLUGINS", "", "does not run: VLLM_PLUGINS= leaves deepstack out"),
+            ("VLLM_PLUGINS", "a,b", "does not run: VLLM_PLUGINS=a,b leaves deepstack out"),
+        ],
+    )
+    def test_it_is_left_out(self, site, capsys, monkeypatch, variable, value, words):
+        monkeypatch.delenv("DEEPSTACK_DISABLE")
+        monkeypatch.setenv(variable, value)
+        told = self.status(site, capsys, 1)
+        assert told["fix"] is None and words in told["plugin"]
+        assert "\nfixed by: nothing\n" in told["text"] and words in told["text"]
+
+    def test_vllm_plugins_names_it(self, site, capsys, monkeypatch):
+        monkeypatch.delenv("DEEPSTACK_DISABLE")
+        monkeypatch.setenv("VLLM_PLUGINS", "a,deepstack")
+        assert self.status(site, capsys, 0)["fix"] == "plugin"
+
+    def test_a_patched_tree_has_no_need_of_it(self, site, capsys, monkeypatch):
+        monkeypatch.delenv("DEEPSTACK_DISABLE")
+        Tree(site).apply()
+        told = self.status(site, capsys, 0)
+        assert told["fix"] == "patch" and "nothing to do" in told["plugin"]
+
+    def test_another_version_of_it(self, site, capsys, monkeypatch):
+        monkeypatch.delenv("DEEPSTACK_DISABLE")
+        metadata = next(site.glob("*.dist-info/METADATA"))
+        metadata.write_text("Name: vllm-deepstack\nVersion: 99\n")
+        told = self.status(site, capsys, 1)
+        assert told["plugin"].startswith("vllm-deepstack 99 is there; this is")
+
+
+class TestServer:
+    @pytest.fixture
+    def server(self):
+        """Answers `/version` as vLLM does. The real ones are in tests/geo3k."""
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(self.server.answer)  # type: ignore[attr-defined]
+
+            def log_message(self, *_):
+                pass
+
+        served = HTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=served.serve_forever, daemon=True).start()
+        yield served
+        served.shutdown()
+        served.server_close()
+
+    @pytest.mark.parametrize(
+        "version, code, words",
+        [
+            ("0.22.1+deepstack.2.cpu", 0, "a `vllm` wheel that has the fixes\nclean"),
+            ("0.33.0", 2, f"`vllm-deepstack {__version__}: vLLM 0.33.0, DeepStack fixes for`"),
+        ],
+    )
+    def test_version(self, server, capsys, version, code, words):
+        server.answer = json.dumps({"version": version}).encode()
+        url = f"http://127.0.0.1:{server.server_port}/"
+        assert main(["status", "--url", url]) == code
+        assert words in capsys.readouterr().out
+        assert main(["status", "--url", url, "--json"]) == code
+        told = json.loads(capsys.readouterr().out)
+        jsonschema.validate(told, SCHEMA)
+        assert told["version"] == version
+
+    @pytest.mark.parametrize("answer", [b"", b"[]", b"{}", b'{"version": 3}'])
+    def test_no_vllm_server(self, server, capsys, answer):
+        server.answer = answer
+        assert main(["status", "--url", f"http://127.0.0.1:{server.server_port}"]) == 2
+        assert "/version: no answer from a vLLM server" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("url", ["http://127.0.0.1:9", "localhost:8000", "file:///etc/passwd"])
+    def test_no_server(self, capsys, url):
+        assert main(["status", "--url", url]) == 2
+        assert url in capsys.readouterr().err
