@@ -184,7 +184,7 @@ LINKS = {
 
 
 @pytest.mark.parametrize("name", LINKS)
-@pytest.mark.parametrize("verb", ["apply", "revert", "diff"])
+@pytest.mark.parametrize("verb", ["apply", "revert"])
 def test_links_are_not_followed(sources, tmp_path, name, verb, capsys):
     """uv's `--link-mode symlink`, a folder of one's own linked into site-packages, or an attack."""
     link = sources / LINKS[name]
@@ -194,7 +194,7 @@ def test_links_are_not_followed(sources, tmp_path, name, verb, capsys):
     if link.exists():
         shutil.move(link, elsewhere)
     else:
-        elsewhere.write_text("not ours")
+        shutil.copy(releases.ROOT / MODELS / "deepstack.py", elsewhere)
     link.symlink_to(elsewhere)
     before, outside = content(sources), content(tmp_path)
     assert main([verb, str(sources)]) == 1

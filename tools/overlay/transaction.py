@@ -19,7 +19,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -211,6 +211,7 @@ class Transaction:
                     "undo that edit first"
                 )
             left[path] = before[path]
+        self.refuse_links(left)
         self.mark("reverting")
         self.put(left)
         if previous:
@@ -224,25 +225,34 @@ class Transaction:
         """A file's content; None if there is none.
 
         Raises:
-            UserError: it is not a file of the tree's own, or what leads there is a link: writing
-                would reach what lies elsewhere.
+            UserError: it is no file; or it is one of what is kept to put back, and a link.
         """
-        file = self.root
-        for part in Path(path).parts:
-            file = file / part
-            try:
-                mode = file.lstat().st_mode
-            except FileNotFoundError:
-                return None
-            if stat.S_ISLNK(mode):
-                raise UserError(
-                    f"{file}: is a symbolic link to {os.readlink(file)}, which is left alone; name "
-                    "the folder that has the files, or install vLLM again with copies of them "
-                    "(uv: --link-mode copy)"
-                )
-        if not stat.S_ISREG(mode):
+        file = self.root / path
+        if path.startswith(STATE):
+            self.refuse_links([path])
+        if file.is_file():
+            return file.read_bytes()
+        if file.exists():
             raise UserError(f"{file}: is not a file")
-        return file.read_bytes()
+        return None
+
+    def refuse_links(self, paths: Iterable[str]) -> None:
+        """Before something is written.
+
+        Raises:
+            UserError: one of the paths is, or leads through, a link: what is written would reach
+                what lies elsewhere.
+        """
+        for path in paths:
+            file = self.root
+            for part in Path(path).parts:
+                file = file / part
+                if file.is_symlink():
+                    raise UserError(
+                        f"{file}: is a symbolic link to {os.readlink(file)}, which is left alone: "
+                        "use the plugin, or name the folder that has the files, or install vLLM "
+                        "with copies of them (uv: --link-mode copy)"
+                    )
 
     def now(self, path: str) -> str | None:
         return self.digest(self.read(path))

@@ -203,6 +203,7 @@ class Tree:
             for path, data in self._record(after, originals).items():
                 originals = {path: self._read(path), **originals}
                 after = {path: data, **after}
+            self.transaction.refuse_links([*after, STATE])
             self.transaction.begin(originals, after, release=str(self.release.version))
             try:
                 self.transaction.put(after)
