@@ -4,6 +4,7 @@ vllm-project/vllm#43617 alone. A test that cannot fail shows nothing."""
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import re
@@ -103,3 +104,63 @@ def test_broken_variants_break_the_contract(variant, version, fail, run_tests, u
     code, output = run_tests(tree, "--bites", variant, "--hypothesis-profile=unshrunk")
     assert code == 0, output
     assert count(output, "xfailed") >= fail
+
+
+def model_infos(tree: Path, folder: Path, plugin: bool, answer: Path) -> None:
+    """What vLLM's registry learns of each class that the plugin serves, in a process of its own."""
+    sys.path[:0] = [str(tree), str(folder)]  # the rival is found before the plugin
+    os.environ["VLLM_TARGET_DEVICE"] = "cpu"
+    os.environ["VLLM_CACHE_ROOT"] = str(folder / "cache")
+    os.environ["DEEPSTACK_DISABLE"] = str(int(not plugin))
+    with (folder / f"{plugin}.log").open("w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    from tests.deepstack.bare_models import CLASSES, load
+    from vllm.model_executor.models.registry import _ModelInfo
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    found = {}
+    for name, (module, _) in CLASSES.items():
+        if (tree / f"{module.replace('.', '/')}.py").is_file():
+            cls = load(name)
+            info = vars(_ModelInfo.from_model_cls(cls))
+            file = str(sys.modules[cls.__module__].__file__)
+            found[name] = {"info": {key: str(value) for key, value in info.items()}, "file": file}
+    answer.write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize("version", [DEFAULT, NEWEST])
+def test_the_plugin_is_first_and_the_registry_learns_the_same(version, unpacked, tmp_path):
+    """vLLM keeps what it learns of a class by the hash of the installed file, which the plugin does
+    not change. A plugin that vLLM calls first imports a model: it is the fixed one."""
+    (tmp_path / "rival.py").write_text(
+        "def register():\n    import vllm.model_executor.models.qwen3_vl\n"
+    )
+    info = tmp_path / "aaa_rival-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Name: aaa-rival\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[vllm.general_plugins]\naaa = rival:register\n")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    found = []
+    for plugin in (False, True):
+        answer = tmp_path / f"{plugin}.json"
+        arguments = (unpacked(version), tmp_path, plugin, answer)
+        process = context.Process(target=model_infos, args=arguments)
+        process.start()
+        process.join()
+        assert process.exitcode == 0, (tmp_path / f"{plugin}.log").read_text()
+        found.append(json.loads(answer.read_text()))
+    released, fixed = found
+    assert len(released) >= 4
+    for name in released:
+        assert fixed[name]["info"] == released[name]["info"]
+        assert released[name]["file"].startswith(str(unpacked(version)))
+    cache = str(tmp_path / "cache/deepstack")
+    served = {name for name in fixed if fixed[name]["file"].startswith(cache)}
+    assert served >= {"qwen3_vl", "qwen3_omni_moe_thinker", "granite4_vision"}
+    log = (tmp_path / "True.log").read_text()
+    words = ("qwen3_vl is imported from", f"vLLM {version}, DeepStack fixes for")
+    order = [log.index(text) for text in words]
+    assert order == sorted(order)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import releases
+from tools import __version__, releases
 from tools.overlay.tree import Tree
 from tools.parity.samples import builtin
 
@@ -25,6 +25,9 @@ RAW = (
 SMALL = ["--max-model-len", "512", "--max-num-batched-tokens", "512", "--max-num-seqs", "16"]
 # The CPU build of vLLM cannot run Omni's audio tower with a CUDA build of PyTorch.
 LIMITS = {"qwen3_vl": {"image": 2, "video": 0}, "qwen3_omni": {"image": 2, "video": 0, "audio": 0}}
+
+
+SAYS = f"vllm-deepstack {__version__}: vLLM {releases.default().version}, DeepStack fixes for"
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +50,9 @@ def stock_cache(tmp_path_factory) -> Path:
 def parity(models, samples, tmp_path):
     """Runs the check: (exit code, report)."""
 
-    def run(model: str, *options: object, cache: Path | None = None) -> tuple[int, dict]:
+    def run(
+        model: str, *options: object, cache: Path | None = None, **more: str
+    ) -> tuple[int, dict]:
         command = [sys.executable, "-m", "tools", "check", "--model", models[model]]
         command += [
             "--dtype",
@@ -61,11 +66,15 @@ def parity(models, samples, tmp_path):
             tmp_path / "report.json",
         ]
         command += [*SMALL, "--limit-mm-per-prompt", json.dumps(LIMITS[model]), *options]
-        env = os.environ | {
-            "VLLM_CACHE_ROOT": str(cache or tmp_path / "cache"),
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "HF_HUB_OFFLINE": "1",
-        }
+        env = (
+            os.environ
+            | {
+                "VLLM_CACHE_ROOT": str(cache or tmp_path / "cache"),
+                "VLLM_CPU_KVCACHE_SPACE": "1",
+                "HF_HUB_OFFLINE": "1",
+            }
+            | more
+        )
         done = subprocess.run(
             [str(part) for part in command],
             cwd=releases.ROOT,
@@ -88,7 +97,10 @@ def differences(report: dict, images: bool, key: str = "compiled") -> list[float
     ]
 
 
-@pytest.mark.parametrize("model", MODELS)
+OPTIONAL = ["qwen3_vl", pytest.param("qwen3_omni", marks=pytest.mark.optional)]
+
+
+@pytest.mark.parametrize("model", OPTIONAL)
 def test_stock_release_loses_the_features(parity, model, stock_tree, stock_cache):
     code, report = parity(model, "--vllm", stock_tree, cache=stock_cache)
     assert code == 1
@@ -111,6 +123,25 @@ def test_fork_agrees_with_eager_and_with_transformers(parity, model):
     assert max(differences(report, True, "eager_to_transformers")) < 1e-3
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_the_plugin_fixes_the_stock_release(parity, model, stock_tree, stock_cache, tmp_path):
+    """In every process; the cache is warm with what the release compiled, and knows its models."""
+    on = {"DEEPSTACK_DISABLE": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    code, report = parity(model, "--vllm", stock_tree, cache=stock_cache, **on)
+    assert code == 0
+    assert report["vllm"] == f"{releases.default().version} with vllm-deepstack"
+    assert max(differences(report, True) + differences(report, False)) < 1e-3
+    for name in ("eager", "compiled"):
+        log = (tmp_path / f"logs/{name}.log").read_text().splitlines()
+        said = [line for line in log if SAYS in line]
+        assert len([line for line in said if line.startswith("(EngineCore pid=")]) == 1
+        assert len(said) >= 2  # the process of `LLM`, too, and the one that inspects models
+        served = [line for line in log if f"{model}" in line and " is imported from " in line]
+        assert any(line.startswith("(EngineCore pid=") for line in served)
+        assert all(f"{stock_cache}/deepstack/" in line for line in served)
+
+
+@pytest.mark.optional
 @pytest.mark.parametrize("model", MODELS)
 def test_patched_stock_release_does_not_meet_its_old_graphs(
     parity, model, stock_tree, stock_cache, tmp_path

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from benchmarks.geo3k.__main__ import main
 from benchmarks.geo3k.data import load
 from benchmarks.geo3k.grading import correct
 from tests.geo3k import NANO
+from tools.__main__ import main as vllm_deepstack
 
 pytestmark = pytest.mark.engine
 SAMPLES = 20
@@ -48,9 +50,10 @@ def test_the_fork_is_as_accurate_compiled_as_transformers(stock_tree, tmp_path):
 
 
 class Server:
-    """`vllm serve` of the vLLM that is installed, on one core."""
+    """`vllm serve`, on one core: of the fork's wheel; or, as `stock`, of a release as it is, with
+    the plugin, and two processes in front."""
 
-    def __init__(self, core: int, folder: Path):
+    def __init__(self, core: int, folder: Path, stock: Path | None = None):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             self.port = free.getsockname()[1]
@@ -58,13 +61,20 @@ class Server:
         self.log = folder / f"{core}.log"
         command = [str(Path(sys.executable).with_name("vllm")), "serve", str(NANO / "model")]
         command += ["--served-model-name", "nano", "--port", str(self.port), *OPTIONS]
+        env = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": str(core)}
+        if stock:
+            command += ["--api-server-count", "2"]
+            env |= {"PYTHONPATH": str(stock), "DEEPSTACK_DISABLE": "0"}
         self.process = subprocess.Popen(
             command,
-            env=os.environ | {"VLLM_CPU_OMP_THREADS_BIND": str(core)},
+            env=env,
             stdout=self.log.open("wb"),
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+
+    def log_text(self) -> str:
+        return self.log.read_text()
 
     def get(self, path: str) -> str:
         with urllib.request.urlopen(f"{self.url}{path}", timeout=10) as reply:
@@ -73,13 +83,13 @@ class Server:
     def wait(self) -> None:
         deadline = time.monotonic() + 480
         while time.monotonic() < deadline:
-            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            assert self.process.poll() is None, self.log_text()[-3000:]
             try:
                 self.get("/health")
                 return
             except OSError:
                 time.sleep(1)
-        raise TimeoutError(self.log.read_text()[-3000:])
+        raise TimeoutError(self.log_text()[-3000:])
 
     def answered(self) -> int:
         """Requests, by the server's own count."""
@@ -96,12 +106,12 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def servers(tmp_path_factory):
+def servers(tmp_path_factory, stock_tree):
     cores = sorted(os.sched_getaffinity(0))
     with ExitStack() as stack:
         started = []
-        for core in (cores[0], cores[-1]):
-            server = Server(core, tmp_path_factory.mktemp("serve"))
+        for core, tree in ((cores[0], None), (cores[-1], stock_tree)):
+            server = Server(core, tmp_path_factory.mktemp("serve"), tree)
             stack.callback(server.stop)
             started.append(server)
         for server in started:
@@ -109,9 +119,16 @@ def servers(tmp_path_factory):
         yield started
 
 
-def test_serves_chats_with_images(servers):
-    server = servers[0]
-    assert "deepstack" in server.get("/version")
+@pytest.mark.parametrize("fix", ["wheel", "plugin"])
+def test_serves_chats_with_images(servers, fix, capsys):
+    server = servers[fix == "plugin"]
+    assert vllm_deepstack(["status", "--url", server.url]) == (0 if fix == "wheel" else 2)
+    told = capsys.readouterr().out
+    if fix == "plugin":  # the line to look for is there, of each process
+        (line,) = re.findall(r"`(vllm-deepstack .*)`", told)
+        said = re.findall(rf"(?:\((\w+) pid=\d+\) )?INFO .*{re.escape(line)}", server.log_text())
+        assert {"EngineCore", "ApiServer_0", "ApiServer_1"} <= set(said)
+        assert said.count("") >= 2  # before they have a name there: the first, and the worker
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="EMPTY")
     right = Counter()
     for question in load(str(NANO / "data"), "test", SAMPLES):

@@ -16,10 +16,8 @@ import pytest
 
 from tests.conftest import PR43617
 from tools import ROOT, __version__, releases
-from tools.overlay.defects import DEFECTS, MODELS
-from tools.overlay.status import status
+from tools.overlay.defects import MODELS
 from tools.overlay.tree import STATE, Tree
-from tools.overlay.verdict import verdict
 
 QWEN3_VL = f"{MODELS}/qwen3_vl.py"
 NEWEST = str(max(releases.releases()))
@@ -84,25 +82,6 @@ def test_serves_what_apply_writes(plugin, release_sources, version):
     for path, file in served.items():
         assert file.read_bytes() == (root / path).read_bytes()
     assert not list(plugin.cache.rglob("*.pyc"))
-
-
-@pytest.mark.parametrize("version", [str(version) for version in releases.releases()])
-def test_says_what_the_code_shows(release_sources, version):
-    """The line in the log is of a table; `status` reads the code before and after."""
-    root = release_sources(version)
-    found = verdict(root)
-    before, after = status(root), status(root, served=found.files)
-    assert (after.code, after.fix) == (0, "plugin")
-    fixed = {
-        (model, defect)
-        for model, states in before.models.items()
-        for defect, state in states.items()
-        if state == "present" and after.models[model][defect] != "present"
-    }
-    models = [name for name in before.models if name in {model for model, _ in fixed}]
-    defects = [name for name in DEFECTS if name in {defect for _, defect in fixed}]
-    about = f"DeepStack fixes for {', '.join(models)} ({', '.join(defects)})"
-    assert found.text == f"vLLM {version}, {about}"
 
 
 def test_found_again_by_the_standard_library_alone(plugin, release_sources):

@@ -17,6 +17,7 @@ from packaging.version import Version
 from tests.conftest import PR43617
 from tools import releases
 from tools.__main__ import main
+from tools.overlay import verdict
 from tools.overlay.defects import DEFECTS, KINDS, MODELS
 from tools.overlay.status import Status, status
 from tools.overlay.tree import STATE, Tree
@@ -79,6 +80,13 @@ def test_before_and_after(found, version):
             assert (state == there) == released.contains(version), (name, defect)
     assert (after.problem, after.code, after.overlay) == (None, 0, "applied")
     assert {name for name, state in after.defects.items() if state == "latent"} == {"D5"}
+    gone = [
+        (name, defect)
+        for name, states in before.models.items()
+        for defect, state in states.items()
+        if state == "present"
+    ]
+    assert verdict.fixed(Path(before.tree), Version(version)) == verdict.in_order(gone)
     for name, states in before.models.items():
         fixed = {d for d, state in after.models[name].items() if state == "fixed by the overlay"}
         assert fixed == {d for d, state in states.items() if state in table.MARKS} - {"D5"}

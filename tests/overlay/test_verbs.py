@@ -4,6 +4,7 @@ servers."""
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -92,6 +93,8 @@ sys.exit(main(["apply", {str(root)!r}]))
 def site(release_sources) -> Path:
     """site-packages with 0.22.1 and, by its metadata, the plugin."""
     root = release_sources("0.22.1")
+    (root / "vllm_deepstack").mkdir()
+    (root / "vllm_deepstack/__init__.py").touch()
     info = root / f"vllm_deepstack-{__version__}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Name: vllm-deepstack\nVersion: {__version__}\n")
@@ -139,6 +142,16 @@ class TestPlugin:
         monkeypatch.delenv("DEEPSTACK_DISABLE")
         monkeypatch.setenv("VLLM_PLUGINS", "a,deepstack")
         assert self.status(site, capsys, 0)["fix"] == "plugin"
+
+    def test_compiled_graphs_from_before_it(self, site, capsys, monkeypatch, tmp_path):
+        """vLLM takes what is in a `cache_dir` that it is given, whatever the code is by now."""
+        monkeypatch.delenv("DEEPSTACK_DISABLE")
+        graph = tmp_path / "rank_0_0/backbone/vllm_compile_cache.py"
+        graph.parent.mkdir(parents=True)
+        graph.touch()
+        os.utime(graph, (0, 0))
+        assert main(["status", str(site), "--cache-dir", str(tmp_path)]) == 0
+        assert f"warning: {tmp_path} has graphs from before the fix" in capsys.readouterr().out
 
     def test_a_patched_tree_has_no_need_of_it(self, site, capsys, monkeypatch):
         monkeypatch.delenv("DEEPSTACK_DISABLE")

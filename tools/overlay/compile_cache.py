@@ -1,4 +1,4 @@
-"""Compiled graphs from before the patch, where vLLM would not notice that its code has changed.
+"""Compiled graphs from before the fix, where vLLM would not notice that its code has changed.
 
 It does notice as a rule: in its own cache every graph is checked against, or filed under, the
 source that it was made from. Not so in the two cases here (vllm/compilation/decorators.py,
@@ -21,12 +21,12 @@ def warnings(patched: float, cache_dir: Path | None) -> list[str]:
     graphs = cache_root() / "torch_compile_cache" / "torch_aot_compile"
     if os.environ.get("VLLM_FORCE_AOT_LOAD") == "1" and older(graphs.glob("*/*/model"), patched):
         found.append(
-            f"{graphs} has graphs from before the patch, and VLLM_FORCE_AOT_LOAD=1 forbids to "
+            f"{graphs} has graphs from before the fix, and VLLM_FORCE_AOT_LOAD=1 forbids to "
             "recompile: engines will not start; unset it once, or delete them"
         )
     if cache_dir and older(cache_dir.glob("rank_*/**/vllm_compile_cache.py"), patched):
         found.append(
-            f"{cache_dir} has graphs from before the patch, and vLLM takes what is in a cache_dir "
+            f"{cache_dir} has graphs from before the fix, and vLLM takes what is in a cache_dir "
             "that it is given: delete them"
         )
     return found

@@ -118,10 +118,11 @@ def status(
     overlay: Path = OVERLAY,
     cache_dir: Path | None = None,
     served: Mapping[str, bytes] | None = None,
+    since: float | None = None,
 ) -> Status:
     """Reads the code; the version only tells fixed from never there. `cache_dir` is where
     engines are told to keep their compiled graphs, if they are. `served` is what the plugin
-    serves in place of the files."""
+    serves in place of the files, `since` seconds since the epoch."""
     code = Code(root, served or {})
     version, problems = public_version(root), []
     state, problem = overlay_state(root, overlay)
@@ -130,7 +131,9 @@ def status(
         found.problem = problem
         return found
     if (root / MIXIN).is_file():
-        found.warnings = warnings((root / MIXIN).stat().st_ctime, cache_dir)
+        since = (root / MIXIN).stat().st_ctime
+    if since is not None:
+        found.warnings = warnings(since, cache_dir)
     found.warnings += [text for name, text in BESIDE.items() if (root / name).is_dir()]
     for name, kind in KINDS.items():
         if not code.has(kind.file) and name != EVERYWHERE:

@@ -20,6 +20,7 @@ from .status import SCHEMA, UNKNOWN, status
 from .tree import OVERLAY, Tree
 from .verdict import verdict
 
+SOURCE = "vllm_deepstack/__init__.py"  # in the distribution
 TREE = (
     "a folder that contains vllm/: site-packages, an unpacked wheel or sdist, a checkout "
     "(default: that of the vLLM which this Python imports)"
@@ -62,7 +63,7 @@ def add(verbs: Any) -> None:
         "--cache-dir",
         type=Path,
         help="the compilation_config.cache_dir that you serve with, if you do: says whether "
-        "compiled graphs from before the patch are in it",
+        "compiled graphs from before the fix are in it",
     )
     found.add_argument("--overlay", type=Path, default=OVERLAY, help=argparse.SUPPRESS)
     for name, about, more, execute in (
@@ -105,7 +106,10 @@ def show_status(args: argparse.Namespace) -> int:
     root = args.tree or installed()
     distribution = plugin(args.tree)
     said, served = plugin_says(root, distribution) if distribution else (None, {})
-    found = status(root, args.overlay, args.cache_dir, served)
+    since = None
+    if distribution and served:
+        since = Path(str(distribution.locate_file(SOURCE))).stat().st_ctime
+    found = status(root, args.overlay, args.cache_dir, served, since)
     found.plugin = said
     print(json.dumps(found.json(), indent=1) if args.json else found.text())
     return found.code
