@@ -11,7 +11,7 @@ UV := $(VENV)/bin/uv pip install --quiet --python $(PY)
 # The GPU tests of a model or data set of the hub fetch it.
 export HF_HUB_OFFLINE ?= $(if $(GEO3K_MODEL)$(GEO3K_DATASET),0,1)
 export VLLM_CPU_KVCACHE_SPACE ?= 1
-# .venv has the plugin; the targets run each vLLM as its files are.
+# The environments have the plugin; the targets run each vLLM as its files are.
 export DEEPSTACK_DISABLE ?= 1
 unexport PYTHONPATH
 
@@ -48,7 +48,7 @@ LIST := .venv/bin/python -m tools.package_index list
 WHEELS = $(foreach device,$(DEVICES),$(addprefix wheel-$(device)-,$(shell $(LIST) $(device))))
 
 .PHONY: help wheel install plugin pr parity geo3k bench bench-tools bench-gpu bench-staging test \
-	test-fast test-unit test-engines test-optional test-gpu test-two-gpus release pipeline lint clean
+	test-fast test-unit test-engines test-optional test-gpu test-gpu-plugin test-two-gpus release pipeline lint clean
 
 help:
 	@sed -nE '/^## /{s/^## //;h;n;s/^([a-z0-9-]+):.*/\1/;G;s/\n/\t/;p}' Makefile | expand -t 16
@@ -91,6 +91,8 @@ $(VENV)/vllm: dist/.cpu-$(RELEASE) $(VENV)/tools
 $(GPU)/vllm: dist/.cuda-$(RELEASE) $(GPU)/tools
 	$(GPU)/bin/uv pip install --quiet --python $(GPU_PY) --reinstall-package vllm \
 		dist/vllm-$(RELEASE)+deepstack.$(FORK)-*.whl
+	$(GPU)/bin/uv pip install --quiet --python $(GPU_PY) --reinstall-package vllm-deepstack \
+		--no-deps ./tools
 	touch $@
 
 $(VENV)/plugin: $(SOURCES) tools/pyproject.toml $(VENV)/vllm
@@ -171,6 +173,12 @@ test: test-fast test-engines
 test-gpu: $(GPU)/vllm $(if $(BITES),$(CUDA)/stock)
 	$(if $(BITES),PYTHONPATH=$(CUDA)/stock) $(GPU_PY) -m pytest -m gpu \
 		$(if $(BITES),--bites $(BITES)) --figures $(FIGURES) $(TESTS)
+
+## the release as it is, fixed by the plugin alone, on a GPU: Geo3K, and no leaks
+test-gpu-plugin: $(GPU)/vllm $(CUDA)/stock
+	PYTHONPATH=$(CUDA)/stock DEEPSTACK_DISABLE=0 $(GPU_PY) -m pytest -m gpu \
+		--figures build/figures/$(RELEASE)-plugin.json \
+		tests/geo3k tests/serving/test_gpu_leaks.py tests/serving/test_gpu_models.py
 
 ## sharded engines, on two GPUs
 test-two-gpus: $(GPU)/vllm

@@ -26,7 +26,7 @@ FLEET = pytest.StashKey[Any]()
 
 # For tests that are meant to fail: it does not matter on how small an example.
 # The environment has the plugin. But for its own tests, each vLLM runs as its files are.
-os.environ["DEEPSTACK_DISABLE"] = "1"
+os.environ.setdefault("DEEPSTACK_DISABLE", "1")
 
 settings.register_profile("unshrunk", phases=[Phase.generate])
 

@@ -1,7 +1,8 @@
 """The project's own commands: seconds, and where they go.
 
-`overlay apply` on a copy of a release, `make wheel` once the release is downloaded, and the
-parity check with empty caches. Options that are not listed here go to the parity check.
+What the plugin adds to a process, `overlay apply` on a copy of a release, `make wheel` once the
+release is downloaded, and the check with empty caches. Options that are not listed here go to the
+check.
 
     python -m benchmarks.speed.tools --tree build/stock/0.22.1 --model build/tiny/qwen3_vl …
 
@@ -55,6 +56,17 @@ imported = time.perf_counter()
 Tree(Path(sys.argv[1])).{call}()
 print(imported - began, time.perf_counter() - imported)
 """
+# Served to an engine of Qwen3-VL: each process compiles these, of which no bytecode is kept.
+PLUGIN = """
+import sys, time
+began = time.perf_counter()
+import tools.overlay.plugin
+imported = time.perf_counter()
+for name in ("qwen3_vl", "deepstack"):
+    spec = sys.meta_path[0].find_spec(f"vllm.model_executor.models.{name}")
+    spec.loader.get_code(spec.name)
+print(imported - began, time.perf_counter() - imported)
+"""
 # What `apply` cannot do without.
 LEAST = """
 import sys
@@ -76,7 +88,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     )
     add = parser.add_argument
     add("--tree", type=Path, required=True, help="a release as it is installed")
-    add("--model", help="the parity check's (default: no parity check)")
+    add("--model", help="the check's (default: no check)")
     add("--devices", nargs="*", default=["cpu", "cuda"], help="whose wheels are built")
     add("--repeats", type=cli.positive, default=3, help="runs of each (default: 3)")
     results.add_output(parser)
@@ -146,6 +158,19 @@ def apply(tree: Path, repeats: int = 5) -> dict[str, Any]:
     }
 
 
+def plugin(tree: Path, folder: Path, repeats: int = 5) -> list[dict[str, Any]]:
+    """What a process that starts takes longer: the first, which merges, and those after it."""
+    seconds: tuple[list[list[float]], list[list[float]]] = ([], [])
+    for repeat in range(repeats):
+        env = {"PYTHONPATH": os.pathsep.join([str(tree.resolve()), str(ROOT)])}
+        env |= {"VLLM_CACHE_ROOT": str(folder / f"cache{repeat}"), "DEEPSTACK_DISABLE": "0"}
+        for found in seconds:
+            output = run([sys.executable, "-c", PLUGIN], {}, **env)["output"]
+            found.append([float(text) for text in output.split()])
+    parts = [dict(zip(("find or merge", "compile"), np.median(found, axis=0))) for found in seconds]
+    return [{"seconds": float(sum(each.values())), "parts": each} for each in parts]
+
+
 def median(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
     parts = {
         part: float(np.median([run["parts"][part] for run in runs])) for part in runs[0]["parts"]
@@ -158,7 +183,8 @@ def median(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def benchmark(args: argparse.Namespace, options: list[str], progress: Progress) -> dict[str, Any]:
     results.claim(args.output_dir)
-    names = ["overlay apply", *(f"make wheel, {device}" for device in args.devices)]
+    names = ["plugin, first process", "plugin, other processes", "overlay apply"]
+    names += [f"make wheel, {device}" for device in args.devices]
     names += ["parity check"] * bool(args.model)
     task = progress.add_task("", total=len(names) * args.repeats + len(args.devices))
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
@@ -172,6 +198,9 @@ def benchmark(args: argparse.Namespace, options: list[str], progress: Progress) 
         run(["make", "wheel"], {}, VLLM_TARGET_DEVICE=device)
     for _ in range(args.repeats):
         with tempfile.TemporaryDirectory(prefix="speed.", dir=ROOT / "build") as folder:
+            step("plugin")
+            for name, each in zip(names, plugin(args.tree, Path(folder))):
+                runs[name].append(each)
             step("overlay apply")
             tree = shutil.copytree(args.tree, Path(folder) / "tree", copy_function=os.link)
             runs["overlay apply"].append(apply(tree))

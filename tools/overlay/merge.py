@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -46,9 +47,9 @@ def merge(
         UserError: a definition, anchor or signature does not fit this release.
     """
     merger = _Merger(path, release, overlay)
-    module = merger.parse(theirs, "upstream's file")
+    module, left_out = merger.parse_upstream(ours, theirs)
     merged = merger.module(merger.parse(ours, "the overlay's file"), module)
-    return merged.bytes if merged is not module else theirs
+    return restored(merged.bytes, left_out) if merged is not module else theirs
 
 
 def replaced(
@@ -61,7 +62,8 @@ def replaced(
         UserError: as `merge`.
     """
     merger = _Merger(path, release, overlay)
-    merger.module(merger.parse(ours, "the overlay's file"), merger.parse(theirs, "upstream's"))
+    module, _ = merger.parse_upstream(ours, theirs)
+    merger.module(merger.parse(ours, "the overlay's file"), module)
     return dict(sorted(merger.replaced.items()))
 
 
@@ -118,6 +120,19 @@ class _Merger:
             return parsed(text)
         except (cst.ParserSyntaxError, UnicodeDecodeError) as error:
             raise self.error(what, f"does not parse: {error}") from None
+
+    def parse_upstream(self, ours: bytes, theirs: bytes) -> tuple[cst.Module, dict[bytes, bytes]]:
+        """Upstream's file without what the overlay does not name, and that: see `shortened`."""
+        module = self.parse(ours, "the overlay's file")
+        provided = {name for names in self.bases_of_the_fork(module).values() for name in names}
+        named: dict[str, Set[str] | None] = {}
+        for statement in module.body:
+            members = None
+            if isinstance(statement, cst.ClassDef):
+                members = provided | {defined_name(s) for s in statements(statement.body)}
+            named[defined_name(statement)] = members
+        short, left_out = shortened(theirs, named)
+        return self.parse(short, "upstream's file"), left_out
 
     def module(self, ours: cst.Module, theirs: cst.Module) -> cst.Module:
         self.provided = self.bases_of_the_fork(ours)
@@ -262,6 +277,52 @@ class _Merger:
                         if isinstance(s, cst.FunctionDef)
                     }
         return found
+
+
+def shortened(
+    theirs: bytes, named: Mapping[str, Set[str] | None]
+) -> tuple[bytes, dict[bytes, bytes]]:
+    """A file in which a line stands for each function and class that is not named, and what it
+    stands for: LibCST takes a second for all that vLLM's files have, and `ast` some hundredths.
+
+    `named` are the definitions that are merged; of a class, the methods, or None for all.
+
+    ```
+    @decorated                          class Other: ...  # left out 1
+    class Other(Base):         ->
+        x = 1                           class Named:
+                                            class method: ...  # left out 5
+    class Named:
+        def method(self):                   y = 2
+            ...
+
+        y = 2
+    ```
+    """
+    try:
+        body: list[ast.stmt] = ast.parse(theirs).body
+    except (SyntaxError, ValueError):
+        return theirs, {}  # LibCST says what is wrong
+    for node in [*body]:
+        if isinstance(node, ast.ClassDef) and (members := named.get(node.name)) is not None:
+            body += [member for member in node.body if getattr(member, "name", "") not in members]
+    lines, left_out = theirs.splitlines(keepends=True), {}
+    for node in body:
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name in named:
+            continue
+        begin = min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
+        end = node.end_lineno or node.lineno
+        indent = lines[begin][: node.col_offset]
+        ending = lines[end - 1][len(lines[end - 1].rstrip(b"\r\n")) :]
+        stub = indent + f"class {node.name}: ...  # left out {begin + 1}".encode() + ending
+        left_out[stub] = b"".join(lines[begin:end])
+        lines[begin:end] = [stub, *[b""] * (end - begin - 1)]
+    return b"".join(lines), left_out
+
+
+def restored(short: bytes, left_out: Mapping[bytes, bytes]) -> bytes:
+    lines = short.splitlines(keepends=True)
+    return b"".join(left_out.get(line, line) for line in lines)
 
 
 @lru_cache
