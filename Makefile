@@ -48,7 +48,8 @@ LIST := .venv/bin/python -m tools.package_index list
 WHEELS = $(foreach device,$(DEVICES),$(addprefix wheel-$(device)-,$(shell $(LIST) $(device))))
 
 .PHONY: help wheel install plugin pr parity geo3k bench bench-tools bench-gpu bench-staging test \
-	test-fast test-unit test-engines test-optional test-gpu test-gpu-plugin test-two-gpus release pipeline lint clean
+	test-fast test-unit test-engines test-optional test-gpu test-gpu-plugin test-two-gpus release \
+	pipeline lint clean
 
 help:
 	@sed -nE '/^## /{s/^## //;h;n;s/^([a-z0-9-]+):.*/\1/;G;s/\n/\t/;p}' Makefile | expand -t 16

@@ -106,11 +106,12 @@ def test_everything_has_its_step():
 
 def test_gpu_steps_are_of_the_default_and_the_newest_release():
     newest = f"RELEASE={max(releases())}"
-    tested = [c for s in STEPS.values() for c in s["commands"] if c.startswith("make test-gpu")]
+    tested = [c for s in STEPS.values() for c in s["commands"] if c.startswith("make test-gpu ")]
     assert sum(newest in command for command in tested) == len(tested) / 2 == 2
     assert sum("RELEASE=" in command for command in tested) == 2
     (geo3k,) = [s for s in STEPS.values() if s["commands"][-1] == tested[0]]
     assert "TESTS=tests/geo3k" in tested[0] and "Geo3K" in geo3k["label"]
+    assert newest in STEPS["gpu-plugin"]["commands"][-1]
 
 
 def test_unknown_key_is_an_error(monkeypatch, tmp_path):
