@@ -9,11 +9,13 @@ import argparse
 import sys
 
 from . import __version__, cli
-from .overlay import verbs as overlay
-from .parity import verb as parity
 
 
 def parser() -> argparse.ArgumentParser:
+    from .lint import verb as lint
+    from .overlay import verbs as overlay  # here: LibCST takes a while, and Ctrl-C may come
+    from .parity import verb as parity
+
     whole = argparse.ArgumentParser(
         prog="vllm-deepstack",
         description=__doc__,
@@ -24,10 +26,15 @@ def parser() -> argparse.ArgumentParser:
     verbs = whole.add_subparsers(title="verbs", metavar="VERB", required=True)
     overlay.add(verbs)
     parity.add(verbs)
+    lint.add(verbs)
     return whole
 
 
 def main(arguments: list[str] | None = None) -> int:
+    return cli.run(lambda: execute(arguments))
+
+
+def execute(arguments: list[str] | None) -> int:
     args, options = parser().parse_known_args(arguments)
     if options and not args.engine_options:
         args.parser.error(f"unrecognized arguments: {' '.join(options)}")

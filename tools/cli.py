@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,10 @@ def run(command: Callable[[], int], failed: int = 2) -> int:
     Ctrl-C, and a reader that is gone, what a shell gives.
     """
     try:
-        code = command()
-        sys.stdout.flush()
-        return code
+        try:
+            return command()
+        finally:
+            sys.stdout.flush()
     except UserError as error:
         notes = getattr(error, "__notes__", [])
         print("\n".join([f"error: {error}", *notes]), file=sys.stderr)
@@ -35,6 +38,22 @@ def run(command: Callable[[], int], failed: int = 2) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing at exit, either
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return failed
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without garbage collection: going through syntax trees, of which nothing is garbage, takes
+    as long as making them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def add_verb(

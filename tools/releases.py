@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cache
 
 from packaging.version import Version
 
@@ -31,6 +32,7 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+@cache
 def releases() -> dict[Version, Release]:
     table = json.loads(TABLE.read_text())["releases"]
     return {Version(v): Release(Version(v), **entry) for v, entry in table.items()}

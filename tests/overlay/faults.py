@@ -63,6 +63,7 @@ def overlays(folder: Path) -> tuple[Path, Path]:
         (models / "deepstack.py").write_text(f"VERSION = {version!r}\n")
         (models / "moss_audio.py").write_text("from .deepstack import VERSION\n")
         (models / "qwen3_vl_moe.py").write_text(f"DEEPSTACK = {version!r}\n")
+        (folder / version / "vllm/extra.py").write_text(f"VERSION = {version!r}\n")
     return folder / "older", folder / "newer"
 
 

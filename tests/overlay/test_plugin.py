@@ -94,7 +94,7 @@ def test_a_change_of_the_release_is_another_merge(plugin, release_sources):
     root = release_sources("0.22.1")
     first = plugin.load(root)
     Tree(root).apply()
-    assert "is patched in place by `vllm-deepstack apply`" in plugin.load(root)["text"]
+    assert "is patched by `vllm-deepstack apply`: nothing to do" in plugin.load(root)["text"]
     Tree(root).revert()
     assert plugin.load(root)["files"] == first["files"]
 
@@ -178,7 +178,9 @@ class TestAsReleased:
     def test_no_version(self, plugin, release_sources):
         root = release_sources("0.22.1")
         (root / "vllm/_version.py").write_text("__version__ = version()\n")
-        self.refuses(plugin, root, "_version.py: no version found in it; vLLM runs as released")
+        self.refuses(
+            plugin, root, "_version.py: no version found in it; vLLM runs as it is installed"
+        )
 
     def test_a_file_that_is_not_as_released(self, plugin, release_sources):
         root = release_sources(NEWEST)
@@ -204,6 +206,19 @@ class TestAsReleased:
         (root / STATE / "manifest.json").write_text("[]")
         self.refuses(plugin, root, "manifest.json: not as vllm-deepstack wrote it")
 
+    def test_a_wheel_of_the_fork_that_is_none(self, plugin, release_sources):
+        """Its version says so, and its files do not."""
+        root = release_sources("0.22.1")
+        (root / "vllm/_version.py").write_text("__version__ = '0.22.1+deepstack.1'\n")
+        assert plugin.load(root)["files"] != {}
+
+    def test_its_cause_goes_away(self, plugin, release_sources):
+        root = release_sources("0.22.1")
+        (root / STATE).mkdir()
+        self.refuses(plugin, root, f"{STATE}/manifest.json: not as vllm-deepstack wrote it")
+        (root / STATE).rmdir()
+        assert plugin.load(root)["files"] != {}
+
     def test_the_fork(self, plugin, release_sources):
         root = release_sources("0.22.1")
         Tree(root).apply()
@@ -218,11 +233,9 @@ class TestAsReleased:
         assert not plugin.cache.exists()
 
     def test_no_vllm(self, plugin, tmp_path):
-        hidden = "import sys; sys.meta_path.insert(0, type('Hide', (), {'find_spec': staticmethod("
-        hidden += (
-            "lambda name, *_: exec('raise ImportError(name)') if name == 'vllm' else None)}))\n"
-        )
-        self.refuses(plugin, tmp_path, "ImportError: vllm; vLLM runs as released", before=hidden)
+        hidden = "import importlib.util; importlib.util.find_spec = lambda name: None\n"
+        words = "ImportError: no vLLM is installed; vLLM runs as it is installed"
+        self.refuses(plugin, tmp_path, words, before=hidden)
 
     def test_a_dependency_that_is_missing(self, plugin, release_sources):
         root = release_sources("0.22.1")
@@ -234,7 +247,9 @@ class TestAsReleased:
         root = release_sources("0.22.1")
         name = "vllm.model_executor.models.qwen3_vl"
         before = f"import sys, types; sys.modules[{name!r}] = types.ModuleType('x')\n"
-        words = f"{name} was imported before vLLM loaded its plugins, so vLLM runs as released"
+        words = (
+            f"{name} was imported before vLLM loaded its plugins, so vLLM runs as it is installed"
+        )
         self.refuses(plugin, root, words, before=before)
         assert (
             "`import tools.overlay.plugin` earlier, or use `vllm-deepstack apply`" in plugin.stderr
@@ -300,23 +315,48 @@ def test_the_table_has_what_the_newest_release_had(release_sources):
     assert {path: tree.replaced(path) for path in tree.release.sources} == releases.replaced()
 
 
-def test_a_forked_process_says_so_too(plugin, release_sources):
-    """vLLM's workers, where they are forked: plugins are not called again there."""
+FORKS = """
+import multiprocessing, subprocess
+worker = multiprocessing.get_context("fork").Process(target=print)
+worker.start()
+worker.join()
+subprocess.run(["true"], preexec_fn=lambda: None)
+"""
+
+
+def test_a_forked_worker_says_so_too(plugin, release_sources):
+    """vLLM does not call the plugins there again. Other forks say nothing: they are no workers, and
+    to log there could wait for a lock for ever."""
     root = release_sources("0.22.1")
-    plugin.load(root)
-    code = "import logging, os; logging.basicConfig(level=logging.INFO)\n"
+    before = "import logging; logging.basicConfig(level=logging.INFO)\n"
     path = os.pathsep.join([str(root), str(ROOT)])
-    fork = PLUGIN + "\npid = os.fork()\nif pid: os.waitpid(pid, 0)\n"
+    own = {"PYTHONPATH": path, "VLLM_CACHE_ROOT": str(plugin.cache), "DEEPSTACK_DISABLE": "0"}
     done = subprocess.run(
-        [sys.executable, "-c", code + fork],
-        env=os.environ
-        | {"PYTHONPATH": path, "VLLM_CACHE_ROOT": str(plugin.cache), "DEEPSTACK_DISABLE": "0"},
+        [sys.executable, "-c", before + PLUGIN + FORKS],
+        env=os.environ | own,
         capture_output=True,
         text=True,
     )
-    assert (
-        done.stderr.count(f"INFO:vllm.deepstack:vllm-deepstack {__version__}: vLLM 0.22.1, ") == 2
-    )
+    assert done.stderr.count(f":vllm.deepstack:vllm-deepstack {__version__}: vLLM 0.22.1, ") == 2
+
+
+def test_a_cache_root_that_is_relative(plugin, release_sources, tmp_path):
+    before = f"import os; os.chdir({str(tmp_path)!r})\n"
+    found = plugin.load(release_sources("0.22.1"), before, VLLM_CACHE_ROOT="cache")
+    assert all(path.startswith(f"{tmp_path}/cache/") for path in found["files"].values())
+
+
+def test_a_user_without_a_home(plugin, release_sources, tmp_path):
+    """As containers have them that run under any user's number."""
+    before = f"""
+import os, pwd
+def unknown(_): raise KeyError
+pwd.getpwuid = unknown
+os.environ.pop("HOME")
+os.chdir({str(tmp_path)!r})
+"""
+    found = plugin.load(release_sources("0.22.1"), before, VLLM_CACHE_ROOT="", XDG_CACHE_HOME="")
+    assert found["level"] == logging.INFO and found["files"]
 
 
 def test_compiles_what_was_verified(tmp_path):

@@ -11,6 +11,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ anything = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3),
     max_leaves=8,
 )
-a_path = st.sampled_from([*EVIL, QWEN3_VL, f"{MODELS}/deepstack.py"]) | st.text(max_size=20)
+OURS = (QWEN3_VL, f"{MODELS}/deepstack.py")
+a_path = st.sampled_from([*EVIL, *OURS]) | st.text(max_size=20)
 files = st.dictionaries(a_path, st.sampled_from([DIGEST, None, "x"]) | anything, max_size=4)
 manifests = st.fixed_dictionaries(
     {},
@@ -129,19 +131,26 @@ def test_malformed_manifests(small, capsys, text):
             "tree",
             "victim.txt",
         ]
-        if code == 0:  # a manifest that says nothing wrong
-            assert well_formed(text)
-        elif content(tree) == before:
+        if not well_formed(text):
+            assert code and content(tree) == before
             assert "error: " in told.err or "cannot tell: " in told.out
     shutil.rmtree(tree)
     shutil.copytree(kept, tree)
 
 
 def well_formed(text: bytes) -> bool:
-    manifest = json.loads(text)
-    return manifest["status"] in ("applied", "applying", "reverting") and all(
-        path in (QWEN3_VL, f"{MODELS}/deepstack.py") for path in manifest["files"]
-    )
+    """Hardly ever: a manifest that says nothing wrong, though nobody wrote it."""
+    try:
+        manifest = json.loads(text)
+        return (
+            manifest["status"] in ("applied", "applying", "reverting")
+            and isinstance(manifest["release"], str)
+            and len(manifest["files"]) > 0
+            and all(path in OURS for path in manifest["files"])
+            and all(digest in (None, DIGEST) for digest in manifest["files"].values())
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return False
 
 
 @pytest.mark.parametrize("path", EVIL)
@@ -201,6 +210,55 @@ def test_links_are_not_followed(sources, tmp_path, name, verb, capsys):
     assert f"{link}: is a symbolic link to {elsewhere}" in capsys.readouterr().err
     assert (content(sources), content(tmp_path)) == (before, outside)
     assert main(["status", str(sources)]) in (0, 1, 2)  # it reads, and changes nothing
+
+
+def test_a_link_where_an_older_overlay_is_kept(release_sources, tmp_path, capsys):
+    """To another installation, which would be written to."""
+    sources = release_sources("0.22.1")
+    older, newer = overlays(tmp_path)
+    Tree(sources, older).apply()
+    (tmp_path / "site/vllm").mkdir(parents=True)
+    (sources / STATE / "previous").symlink_to(tmp_path / "site")
+    before, outside = content(sources), content(tmp_path)
+    assert main(["apply", str(sources), "--overlay", str(newer)]) == 1
+    assert "previous: is a symbolic link to" in capsys.readouterr().err
+    assert (content(sources), content(tmp_path)) == (before, outside)
+
+
+def test_a_link_in_place_of_compiled_files(sources, tmp_path):
+    """They are deleted for what is replaced, and not elsewhere."""
+    (tmp_path / "qwen3_vl.important.pyc").write_text("precious")
+    (sources / MODELS / "__pycache__").symlink_to(tmp_path)
+    Tree(sources).apply()
+    assert (tmp_path / "qwen3_vl.important.pyc").read_text() == "precious"
+
+
+@as_root
+def test_root_works_as_the_owner_of_a_tree(release_sources, monkeypatch, capsys):
+    """Whatever they put in the way while it works, it can do no more than they."""
+    users = []
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        root = Path(shutil.copytree(release_sources("0.22.1"), f"{folder}/tree"))
+        give_away(root, OTHER_USER)
+        plan = Tree.plan
+
+        def watched(self):
+            users.append((os.geteuid(), os.getegid(), os.getgroups()))
+            return plan(self)
+
+        monkeypatch.setattr(Tree, "plan", watched)
+        before = attributes(root)
+        assert main(["apply", str(root)]) == 0, capsys.readouterr().err
+        assert owners(root) == [OTHER_USER]
+        assert main(["revert", str(root)]) == 0
+        assert attributes(root) == before
+        (root / QWEN3_VL).unlink()
+        (root / QWEN3_VL).symlink_to("/etc/shadow")
+        assert main(["diff", str(root)]) == 1
+        assert "Permission denied" in capsys.readouterr().err
+    assert users == [(OTHER_USER, OTHER_USER, [])] * len(users)
+    assert os.geteuid() == 0
 
 
 def kept_attributes(root: Path) -> None:

@@ -23,7 +23,7 @@ from .faults import content
 from .test_status import SCHEMA
 
 COMMAND = [sys.executable, "-m", "tools"]
-VERBS = ("status", "apply", "revert", "diff", "check")
+VERBS = ("status", "apply", "revert", "diff", "check", "lint")
 
 
 def test_version(capsys):
@@ -51,6 +51,7 @@ def test_each_verb_has_help_and_examples(verb, capsys):
         (["mend"], "invalid choice: 'mend'"),
         (["status", "--jsn"], "vllm-deepstack status: error: unrecognized arguments: --jsn"),
         (["apply", "a", "b"], "unrecognized arguments: b"),
+        (["status", "tree", "--url", "http://x"], "--url is about a server: name no TREE"),
         (["check"], "the following arguments are required: --model"),
     ],
 )
@@ -192,6 +193,8 @@ class TestServer:
         [
             ("0.22.1+deepstack.2.cpu", 0, "a `vllm` wheel that has the fixes\nclean"),
             ("0.33.0", 2, f"`vllm-deepstack {__version__}: vLLM 0.33.0, DeepStack fixes for`"),
+            ("0.33.0+cu129", 2, "vLLM 0.33.0, DeepStack fixes for`"),
+            ("0.22.1+deepstack.1", 2, "cannot tell: "),
         ],
     )
     def test_version(self, server, capsys, version, code, words):
@@ -204,9 +207,11 @@ class TestServer:
         jsonschema.validate(told, SCHEMA)
         assert told["version"] == version
 
-    @pytest.mark.parametrize("answer", [b"", b"[]", b"{}", b'{"version": 3}'])
+    @pytest.mark.parametrize(
+        "answer", [b"", b"[]", b"{}", b'{"version": 3}', b'{"version": "x\\u001b"}']
+    )
     def test_no_vllm_server(self, server, capsys, answer):
-        server.answer = answer
+        server.answer = answer.encode()
         assert main(["status", "--url", f"http://127.0.0.1:{server.server_port}"]) == 2
         assert "/version: no answer from a vLLM server" in capsys.readouterr().err
 

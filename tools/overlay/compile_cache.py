@@ -37,5 +37,6 @@ def older(files: Iterable[Path], than: float) -> bool:
 
 
 def cache_root() -> Path:
-    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "vllm"
-    return Path(os.environ.get("VLLM_CACHE_ROOT") or default).expanduser()
+    default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "vllm")
+    # As vLLM does: where there is no home, the folder is below the current one.
+    return Path(os.path.expanduser(os.environ.get("VLLM_CACHE_ROOT") or default)).absolute()

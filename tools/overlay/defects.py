@@ -83,7 +83,7 @@ class Code:
                 self.parsed[path] = ast.parse(data or (self.root / path).read_text())
             except FileNotFoundError:
                 raise Unreadable(f"{self.root / path}: missing") from None
-            except (SyntaxError, UnicodeDecodeError) as error:
+            except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
                 raise Unreadable(f"{self.root / path}: {error}") from None
         return self.parsed[path]
 

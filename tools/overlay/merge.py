@@ -49,7 +49,13 @@ def merge(
     merger = _Merger(path, release, overlay)
     module, left_out = merger.parse_upstream(ours, theirs)
     merged = merger.module(merger.parse(ours, "the overlay's file"), module)
-    return restored(merged.bytes, left_out) if merged is not module else theirs
+    if merged is module:
+        return theirs
+    whole = restored(merged.bytes, left_out)
+    if whole is None:  # a file that ends without a new line
+        module = merger.parse(theirs, "upstream's file")
+        whole = merger.module(merger.parse(ours, "the overlay's file"), module).bytes
+    return whole
 
 
 def replaced(
@@ -118,7 +124,9 @@ class _Merger:
     def parse(self, text: bytes, what: str) -> cst.Module:
         try:
             return parsed(text)
-        except (cst.ParserSyntaxError, UnicodeDecodeError) as error:
+        except cst.ParserSyntaxError as error:  # which quotes the line
+            raise self.error(what, f"does not parse: line {error.raw_line}") from None
+        except UnicodeDecodeError as error:
             raise self.error(what, f"does not parse: {error}") from None
 
     def parse_upstream(self, ours: bytes, theirs: bytes) -> tuple[cst.Module, dict[bytes, bytes]]:
@@ -311,6 +319,8 @@ def shortened(
         if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name in named:
             continue
         begin = min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
+        while node.decorator_list and not lines[begin].lstrip().startswith(b"@"):
+            begin -= 1
         end = node.end_lineno or node.lineno
         indent = lines[begin][: node.col_offset]
         ending = lines[end - 1][len(lines[end - 1].rstrip(b"\r\n")) :]
@@ -320,8 +330,11 @@ def shortened(
     return b"".join(lines), left_out
 
 
-def restored(short: bytes, left_out: Mapping[bytes, bytes]) -> bytes:
+def restored(short: bytes, left_out: Mapping[bytes, bytes]) -> bytes | None:
+    """None where a line of `shortened` is not there, once, as it was."""
     lines = short.splitlines(keepends=True)
+    if any(lines.count(stub) != 1 for stub in left_out):
+        return None
     return b"".join(left_out.get(line, line) for line in lines)
 
 

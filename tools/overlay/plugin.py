@@ -17,17 +17,26 @@ import logging
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from importlib.util import find_spec, spec_from_file_location
+from multiprocessing.util import register_after_fork
 from pathlib import Path
 from typing import Any
 
 from .. import ROOT, __version__
+from .compile_cache import cache_root
 
 logger = logging.getLogger("vllm.deepstack")  # below `vllm`, for which vLLM sets up handlers
 OFF = "DEEPSTACK_DISABLE"
+# What else a newer release is judged by.
+READ_TOO = (
+    "vllm/v1/worker/gpu_model_runner.py",
+    "vllm/model_executor/models/qwen2_5_omni_thinker.py",
+    "vllm/model_executor/models/interns1_pro.py",
+)
 Files = dict[str, tuple[Path, bytes]]
 """Where the merged files are, and their contents, by the names of their modules."""
 
@@ -74,13 +83,13 @@ def install() -> tuple[int, str]:
         if early := sorted(files.keys() & sys.modules.keys()):
             return logging.WARNING, (
                 f"{', '.join(early)} was imported before vLLM loaded its plugins, so vLLM runs as "
-                f"released; `import {__name__}` earlier, or use `vllm-deepstack apply`"
+                f"it is installed; `import {__name__}` earlier, or use `vllm-deepstack apply`"
             )
         if files:
             sys.meta_path.insert(0, Finder(root, files))
         return level, text
     except Exception as error:  # it would end the process, or keep other plugins from loading
-        return logging.WARNING, f"{type(error).__name__}: {error}; vLLM runs as released"
+        return logging.WARNING, f"{type(error).__name__}: {error}; vLLM runs as it is installed"
 
 
 def register() -> None:
@@ -100,12 +109,12 @@ def vllm_root() -> Path:
 def look_up(root: Path) -> tuple[int, str, Files]:
     """What `register` logs, and what is served."""
     key, problems = fingerprint(root), []
-    for folder in caches():
+    places: list[Callable[[], Path]] = [vllm_cache, own_folder, new_folder]
+    for place in places:
         try:
+            folder = place()
             private(folder)
-            found = load(folder / key) or build(root, folder / key)
-            if found:
-                return found
+            return load(folder / key) or build(root, folder / key)
         except OSError as error:
             problems.append(str(error))
     raise OSError(f"nowhere to keep the merged files: {'; '.join(problems)}")
@@ -114,11 +123,11 @@ def look_up(root: Path) -> tuple[int, str, Files]:
 def fingerprint(root: Path) -> str:
     """Of all that the merge is made of: this package, and vLLM's own files."""
     ours = sorted(path.relative_to(ROOT) for path in (ROOT / "vllm").rglob("*.py"))
-    package = Path(__file__).parents[1]
-    files = sorted([*Path(__file__).parent.glob("*.py"), *package.glob("*.py")])
+    here = Path(__file__).parent
+    files = sorted([*here.glob("*.py"), *here.parent.glob("*.py")])
     files += [ROOT / "requirements" / "releases.json", *(ROOT / path for path in ours)]
     files += [root / "vllm" / "_version.py", root / ".vllm-deepstack" / "manifest.json"]
-    files += [root / path for path in ours]
+    files += [root / path for path in (*map(str, ours), *READ_TOO)]
     hashed = hashlib.sha256(f"{__version__} {root}".encode())
     for file in files:
         data = file.read_bytes() if file.is_file() else b""
@@ -126,15 +135,25 @@ def fingerprint(root: Path) -> str:
     return hashed.hexdigest()[:32]
 
 
-def caches() -> Iterator[Path]:
-    """Where merged files may be kept: vLLM's cache root, then a folder of one's own."""
-    from .compile_cache import cache_root
+def vllm_cache() -> Path:
+    return cache_root() / "deepstack"
 
-    yield cache_root() / "deepstack"
+
+def own_folder() -> Path:
     import tempfile
 
-    yield Path(tempfile.gettempdir()) / f"vllm-deepstack-{os.geteuid()}"
-    yield Path(tempfile.mkdtemp(prefix="vllm-deepstack-"))
+    return Path(tempfile.gettempdir()) / f"vllm-deepstack-{os.geteuid()}"
+
+
+def new_folder() -> Path:
+    """For this process alone, where somebody else has the name above."""
+    import atexit
+    import shutil
+    import tempfile
+
+    folder = Path(tempfile.mkdtemp(prefix="vllm-deepstack-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def private(folder: Path) -> None:
@@ -150,7 +169,7 @@ def private(folder: Path) -> None:
         or found.st_uid != os.geteuid()
         or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     ):
-        raise PermissionError(f"{folder}: others can write to it")
+        raise PermissionError(f"{folder}: is not a folder that you alone can write to")
 
 
 def load(folder: Path) -> tuple[int, str, Files] | None:
@@ -168,34 +187,45 @@ def load(folder: Path) -> tuple[int, str, Files] | None:
         return None
 
 
-def build(root: Path, folder: Path) -> tuple[int, str, Files] | None:
-    """Merges, and puts the result in place at once. Two processes may do so at the same time."""
+def build(root: Path, folder: Path) -> tuple[int, str, Files]:
+    """Merges, and puts the result in place at once. Two processes may do so at the same time.
+
+    Raises:
+        OSError: the result cannot be kept.
+    """
     import shutil
     import tempfile
 
     from .verdict import verdict
 
     found = verdict(root)
+    if found.warning and not found.files:  # its cause may go away
+        return logging.WARNING, found.text, {}
     made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
+        (made / "new").mkdir(mode=0o700)
         hashes = {path: hashlib.sha256(data).hexdigest() for path, data in found.files.items()}
         for path, data in found.files.items():
             (made / "new" / path).parent.mkdir(parents=True, exist_ok=True)
             (made / "new" / path).write_bytes(data)
-        (made / "new").mkdir(exist_ok=True)
         about = {"text": found.text, "warning": found.warning, "files": hashes}
         (made / "new" / "verdict.json").write_text(json.dumps(about, indent=1))
         try:
             os.rename(made / "new", folder)
         except OSError:  # another process was first, or what is there is not whole
             if not load(folder):
-                os.rename(folder, made / "old")
+                with suppress(FileNotFoundError):
+                    os.rename(folder, made / "old")
                 os.rename(made / "new", folder)
-        return load(folder)
+        built = load(folder)
+        if built is None:
+            raise OSError(f"{folder}: is not what was written there")
+        return built
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
 
 OUTCOME = install()
-# A forked process has its parent's modules, and vLLM does not call the plugins there again.
-os.register_at_fork(after_in_child=register)
+# A worker that multiprocessing forks has its parent's modules, and vLLM does not call the plugins
+# there again. Other forks are not processes of vLLM's, and must not log.
+register_after_fork(register, lambda _: register())

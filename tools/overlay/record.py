@@ -13,12 +13,12 @@ from .transaction import STATE
 
 def lines(data: bytes) -> list[str]:
     """With their ends, as they are."""
-    return list(io.StringIO(data.decode(), newline="\n"))
+    return list(io.StringIO(data.decode(errors="surrogateescape"), newline="\n"))
 
 
 def paths(record: bytes) -> set[str]:
     """The files that a RECORD lists."""
-    return {row[0] for row in csv.reader(lines(record))}
+    return {row[0] for row in csv.reader(lines(record)) if row}
 
 
 def patched(record: bytes, files: Mapping[str, bytes], kept: Sequence[str]) -> bytes:
@@ -26,7 +26,7 @@ def patched(record: bytes, files: Mapping[str, bytes], kept: Sequence[str]) -> b
     back (`kept`: the paths of the originals)."""
     old, rows, known = lines(record), [], set()
     for line in old:
-        path = next(csv.reader([line]))[0]
+        path = next(iter(next(csv.reader([line]), [])), "")
         known.add(path)
         end = line[len(line.rstrip("\r\n")) :]
         rows.append(row(path, files[path]) + end if path in files else line)
@@ -34,7 +34,7 @@ def patched(record: bytes, files: Mapping[str, bytes], kept: Sequence[str]) -> b
     rows += [row(path, data) + end for path, data in files.items() if path not in known]
     rows += [f"{STATE}/{name},,{end}" for name in (".gitignore", "manifest.json")]
     rows += [f"{STATE}/originals/{path},,{end}" for path in kept]
-    return "".join(rows).encode()
+    return "".join(rows).encode(errors="surrogateescape")
 
 
 def row(path: str, data: bytes) -> str:

@@ -1,10 +1,10 @@
 """Files of a tree put in place all or none, whatever stops it: killed, no space, two at once.
 
 What a transaction needs lies in `.vllm-deepstack`, which comes and goes by a rename: the
-originals, and a manifest that says how far it is. Files of one folder change at once: a copy
-of the folder, of links, takes the folder's place in one system call. Where the file system
-cannot do that (overlayfs, for a folder of a lower layer), file after file is replaced, and a
-kill in between leaves some of them for the next call.
+originals, and a manifest that says how far it is. All files in vllm/ change at once: a copy
+of the folder that has them, of links, takes the folder's place in one system call. Where the
+file system cannot do that (overlayfs, for a folder of a lower layer), or something is mounted
+there, file after file is replaced, and a kill in between leaves some of them for the next call.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ class Transaction:
             (made / ".gitignore").write_text("*\n")
             self.keep("originals", originals, made)
             (made / "manifest.json").write_text(json.dumps(manifest, indent=2))
-            made.chmod(0o755)
-            for path in (made, *made.rglob("*")):
+            for path in (made, *made.rglob("*")):  # whoever can read the tree, whatever the umask
+                path.chmod(0o755 if path.is_dir() else 0o644)
                 own(path, self.root.stat())
             made.rename(self.folder)
         except BaseException:
@@ -140,6 +140,7 @@ class Transaction:
                 for parent in [*reversed(file.relative_to(folder).parents)][1:]:
                     if not (folder / parent).exists():
                         (folder / parent).mkdir()
+                        (folder / parent).chmod(0o755)
                         own(folder / parent, self.root.stat())
                 replace(file, data, self.root)
 
@@ -156,15 +157,20 @@ class Transaction:
         shutil.rmtree(self.folder / "previous", ignore_errors=True)
 
     def put(self, files: Files) -> None:
-        """Folder by folder, in the order of `files`."""
-        for folder, paths in groupby(files, key=lambda path: str(Path(path).parent)):
-            here = {Path(path).name: files[path] for path in paths}
-            if len(here) == 1 or not self.swap(self.root / folder, here):
-                for name, data in here.items():
-                    place(self.root / folder / name, data, self.root)
+        """In the order of `files`, and all that are in vllm/ at once."""
+        for _, paths in groupby(files, key=lambda path: Path(path).parts[0]):
+            here = list(paths)
+            folder = Path(os.path.commonpath([str(Path(path).parent) for path in here]))
+            relative = {str(Path(path).relative_to(folder)): files[path] for path in here}
+            if len(here) == 1 or not self.swap(self.root / folder, relative):
+                for path in here:
+                    place(self.root / path, files[path], self.root)
 
     def swap(self, folder: Path, files: Files) -> bool:
-        """Changes the files of a folder at once; False if that cannot be done here."""
+        """Changes files in a folder, by their paths there, at once; False if that cannot be done
+        here."""
+        if mounted_below(folder):  # it would go with the folder, and be deleted there
+            return False
         copy = Path(tempfile.mkdtemp(prefix=f"{STATE}.", dir=self.root)) / folder.name
         try:
             shutil.copytree(folder, copy, symlinks=True, copy_function=link)
@@ -174,7 +180,7 @@ class Transaction:
                 place(copy / name, data, self.root)
             exchange(folder, copy)
         except OSError as error:
-            if error.errno in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EPERM):
+            if error.errno in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EBUSY):
                 return False
             raise
         finally:
@@ -200,7 +206,7 @@ class Transaction:
                     f"{self.folder / 'originals' / path}: missing, or not the release's; delete "
                     f"{self.folder}, and install vLLM again"
                 )
-        left = {}
+        left: Files = {}
         for path, after in reversed(manifest["files"].items()):
             now = self.now(path)
             if now == self.digest(before[path]):
@@ -285,8 +291,20 @@ def link(source: str, target: str) -> None:
     """A second name for a file; a copy where there are no links."""
     try:
         os.link(source, target, follow_symlinks=False)
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+            raise
         shutil.copy2(source, target, follow_symlinks=False)
+
+
+def mounted_below(folder: Path) -> bool:
+    """Whether something is mounted on, or below, a folder."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return False
+    points = [line.split()[4].encode().decode("unicode_escape") for line in lines]
+    return any(folder.resolve() in (Path(p), *Path(p).parents) for p in points)
 
 
 def exchange(one: Path, other: Path) -> None:
@@ -318,7 +336,8 @@ def place(file: Path, data: bytes | None, scratch: Path) -> None:
         file.unlink(missing_ok=True)
     else:
         replace(file, data, scratch)
-    for cached in (file.parent / "__pycache__").glob(f"{file.stem}.*.pyc"):
+    cache = file.parent / "__pycache__"
+    for cached in () if cache.is_symlink() else cache.glob(f"{file.stem}.*.pyc"):
         cached.unlink(missing_ok=True)
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import errno
-import gc
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 from packaging.version import InvalidVersion, Version
 
 from .. import ROOT, releases
-from ..cli import UserError
+from ..cli import UserError, uncollected
 from . import record
 from .merge import added, is_needed, merge, parsed, replaced
 from .splice import comparable
@@ -55,17 +54,13 @@ class Merged:
 
 @contextmanager
 def merging() -> Iterator[None]:
-    """Without garbage collection: going through 100,000 nodes, none of which is garbage, takes a
-    third of the time. What is kept for the next file is let go at the end."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        parsed.cache_clear()
-        comparable.cache_clear()
-        if enabled:
-            gc.enable()
+    """What is kept for the next file is let go at the end."""
+    with uncollected():
+        try:
+            yield
+        finally:
+            parsed.cache_clear()
+            comparable.cache_clear()
 
 
 class UnknownReleaseError(UserError):
@@ -81,11 +76,14 @@ class Tree:
         UserError: it contains none, or one of a release that is not known.
     """
 
-    def __init__(self, root: Path, overlay: Path = OVERLAY, untested: bool = False):
+    def __init__(
+        self,
+        root: Path,
+        overlay: Path | Mapping[str, bytes] = OVERLAY,
+        untested: bool = False,
+    ):
         self.root, self.untested = root, untested
-        self.overlay = overlay_files(overlay)
-        if not self.overlay:
-            raise UserError(f"{overlay}: no overlay there: it has no vllm/**/*.py")
+        self.overlay = overlay_files(overlay) if isinstance(overlay, Path) else overlay
         if root.is_file():
             raise UserError(f"{root}: is a file; name a folder that contains vllm/")
         self.transaction = transaction(root, self.overlay.keys())
@@ -203,7 +201,10 @@ class Tree:
             for path, data in self._record(after, originals).items():
                 originals = {path: self._read(path), **originals}
                 after = {path: data, **after}
-            self.transaction.refuse_links([*after, STATE])
+            kept = [
+                f"{STATE}/{kind}/{path}" for kind in ("originals", "previous") for path in after
+            ]
+            self.transaction.refuse_links([*after, *kept])
             self.transaction.begin(originals, after, release=str(self.release.version))
             try:
                 self.transaction.put(after)
@@ -276,8 +277,14 @@ def digest(data: bytes | None) -> str | None:
 
 
 def overlay_files(overlay: Path) -> dict[str, bytes]:
-    """By path."""
+    """By path.
+
+    Raises:
+        UserError: there are none.
+    """
     found = sorted((overlay / "vllm").rglob("*.py"))
+    if not found:
+        raise UserError(f"{overlay}: no overlay there: it has no vllm/**/*.py")
     return {path.relative_to(overlay).as_posix(): path.read_bytes() for path in found}
 
 
@@ -303,6 +310,6 @@ def version_of(root: Path) -> Version | None:
             value, names = statement.value, map(ast.unparse, statement.targets)
             if isinstance(value, ast.Constant) and "__version__" in names:
                 return Version(str(value.value))
-    except (InvalidVersion, SyntaxError):
+    except (InvalidVersion, SyntaxError, ValueError, MemoryError, RecursionError):
         pass
     raise UserError(f"{file}: no version found in it")

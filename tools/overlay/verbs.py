@@ -5,19 +5,25 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.client import HTTPException
+from importlib import import_module
 from importlib.metadata import Distribution, distributions
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .. import __version__, cli
+from packaging.version import Version
+
+from .. import __version__, cli, releases
 from ..cli import UserError
 from . import PLUGIN
 from .status import SCHEMA, UNKNOWN, status
-from .tree import OVERLAY, Tree
+from .tree import OVERLAY, Tree, overlay_files
 from .verdict import verdict
 
 SOURCE = "vllm_deepstack/__init__.py"  # in the distribution
@@ -70,8 +76,8 @@ def add(verbs: Any) -> None:
         (
             "apply",
             "patch a vLLM's files in place",
-            "Patches in place: all files, or none if it fails or is interrupted. In an "
-            "installation, RECORD is kept\ntrue. Restart running engines afterwards.",
+            "Patches in place: all files, or none if it fails. After a kill, run it again. In an "
+            "installation,\nRECORD is kept true. Restart running engines afterwards.",
             apply,
         ),
         ("revert", "take the patch out again", "Puts back the bytes that were there.", revert),
@@ -102,13 +108,16 @@ def add(verbs: Any) -> None:
 
 def show_status(args: argparse.Namespace) -> int:
     if args.url:
+        if args.tree or args.cache_dir:
+            args.parser.error("--url is about a server: name no TREE, and no --cache-dir")
         return show_server(args)
     root = args.tree or installed()
     distribution = plugin(args.tree)
     said, served = plugin_says(root, distribution) if distribution else (None, {})
     since = None
     if distribution and served:
-        since = Path(str(distribution.locate_file(SOURCE))).stat().st_ctime
+        source = Path(str(distribution.locate_file(SOURCE)))
+        since = source.stat().st_ctime if source.is_file() else None
     found = status(root, args.overlay, args.cache_dir, served, since)
     found.plugin = said
     print(json.dumps(found.json(), indent=1) if args.json else found.text())
@@ -118,9 +127,10 @@ def show_status(args: argparse.Namespace) -> int:
 def plugin(tree: Path | None) -> Distribution | None:
     """The distribution whose plugin a vLLM would load: from `tree`, or this Python's."""
     for distribution in distributions(path=[str(tree)]) if tree else distributions():
-        for entry in distribution.entry_points:
-            if entry.group == "vllm.general_plugins" and entry.name == PLUGIN:
-                return distribution
+        if distribution.metadata["Name"] == "vllm-deepstack":
+            for entry in distribution.entry_points:
+                if entry.group == "vllm.general_plugins" and entry.name == PLUGIN:
+                    return distribution
     return None
 
 
@@ -145,12 +155,12 @@ def show_server(args: argparse.Namespace) -> int:
     try:
         with urllib.request.urlopen(url, timeout=10) as response:
             version = json.load(response)["version"]
-        if not isinstance(version, str):
-            raise ValueError(f"its version is {version!r}")
+        version = Version(version)
     except (OSError, ValueError, KeyError, TypeError, HTTPException) as error:
         raise UserError(f"{url}: no answer from a vLLM server: {error}") from None
-    fork = "+deepstack" in version
-    told = {"schema": SCHEMA, "url": args.url, "version": version}
+    match = re.match(r"deepstack\.(\d+)", version.local or "")
+    fork = match is not None and int(match[1]) >= int(__version__)
+    told = {"schema": SCHEMA, "url": args.url, "version": str(version)}
     told |= {"fix": "wheel" if fork else None, "verdict": "clean" if fork else "unknown"}
     if args.json:
         print(json.dumps(told, indent=1))
@@ -160,26 +170,52 @@ def show_server(args: argparse.Namespace) -> int:
         print(
             f"vLLM {version} at {args.url}\ncannot tell: a server does not say how its models were "
             "loaded. With the plugin, each of\nits processes logs a line that begins with "
-            f"`vllm-deepstack {__version__}: vLLM {version}, DeepStack fixes for`"
+            f"`vllm-deepstack {__version__}: vLLM {version.public}, DeepStack fixes for`"
         )
     return 0 if fork else UNKNOWN
 
 
-def tree_of(args: argparse.Namespace) -> tuple[Tree, str]:
-    tree = Tree(args.tree or installed(), args.overlay)
-    return tree, f"vLLM {tree.release.version} in {tree.root}"
+@contextmanager
+def opened(args: argparse.Namespace) -> Iterator[tuple[Tree, str]]:
+    """The tree, and what to call it. Root works as the owner of another user's tree: whatever they
+    put in the way, also while it works, it reads and writes no more than they can."""
+    root = args.tree or installed()
+    overlay = overlay_files(args.overlay)  # which that user may not be able to read
+    with owner_of(root):
+        tree = Tree(root, overlay)
+        yield tree, f"vLLM {tree.release.version} in {tree.root}"
+
+
+@contextmanager
+def owner_of(root: Path) -> Iterator[None]:
+    found = root.stat() if root.exists() else None
+    if found is None or os.geteuid() != 0 or found.st_uid == 0:
+        yield
+        return
+    releases.releases()
+    import_module("libcst.native")  # which a parser imports when it is first called
+    group, groups = os.getegid(), os.getgroups()
+    try:
+        os.setgroups([])
+        os.setegid(found.st_gid)
+        os.seteuid(found.st_uid)
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(group)
+        os.setgroups(groups)
 
 
 def diff(args: argparse.Namespace) -> int:
-    tree, _ = tree_of(args)
-    for change in tree.changes():
-        sys.stdout.writelines(change.diff())
+    with opened(args) as (tree, _):
+        for change in tree.changes():
+            sys.stdout.writelines(change.diff())
     return 0
 
 
 def apply(args: argparse.Namespace) -> int:
-    tree, name = tree_of(args)
-    changes = tree.apply()
+    with opened(args) as (tree, name):
+        changes = tree.apply()
     for change in changes:
         print(f"{'added' if change.before is None else 'merged'} {change.path}")
     print(f"{name}: the overlay is applied" if changes else f"{name}: nothing to change")
@@ -187,8 +223,9 @@ def apply(args: argparse.Namespace) -> int:
 
 
 def revert(args: argparse.Namespace) -> int:
-    tree, name = tree_of(args)
-    for path in tree.revert():
+    with opened(args) as (tree, name):
+        paths = tree.revert()
+    for path in paths:
         print(f"restored {path}")
     print(f"{name}: as it was before the overlay")
     return 0

@@ -10,7 +10,7 @@ from packaging.version import Version
 from .. import releases
 from ..cli import UserError
 from .defects import DEFECTS, KINDS
-from .status import CLEAN, Status, is_fork, public_version, status
+from .status import CLEAN, Status, is_fork, status
 from .tree import Tree, UnknownReleaseError
 
 
@@ -28,23 +28,20 @@ def verdict(root: Path) -> Verdict:
     try:
         return _verdict(root)
     except UserError as error:
-        return Verdict(f"{error}; vLLM runs as released", warning=True)
+        return Verdict(f"{error}; vLLM runs as it is installed", warning=True)
 
 
 def _verdict(root: Path) -> Verdict:
-    name = f"vLLM {public_version(root) or 'of unknown version'}"
-    if is_fork(root):
-        return Verdict(f"{name} is a wheel that has the fixes: nothing to do")
     tested = True
     try:
         tree = Tree(root)
     except UnknownReleaseError:
         tree, tested = Tree(root, untested=True), False
-    if tree.manifest():
-        return Verdict(f"{name} is patched in place by `vllm-deepstack apply`: nothing to do")
+    name = f"vLLM {tree.release.version}"
     files = {change.path: change.after for change in tree.changes()}
     if not files:
-        return Verdict(f"{name} has the fixes already: nothing to do")
+        how = "a wheel that has the fixes" if is_fork(root) else "patched by `vllm-deepstack apply`"
+        return Verdict(f"{name} is {how}: nothing to do")
     if tested:
         models, defects = fixed(root, tree.release.version)
     else:

@@ -1,0 +1,3 @@
+"""Reads vLLM models' code for state that goes wrong when `forward` is compiled or captured."""
+
+DOCS = "docs/lint.md"
