@@ -25,7 +25,7 @@ PARITY := build/parity/$(RELEASE)
 ENGINE := @tests/tiny_models.args --side-by-side
 
 # The longest first; each folder's tests share what is costly.
-FAST := $(addprefix tests/,deepstack wheel upstream overlay parity speed geo3k)
+FAST := $(addprefix tests/,deepstack wheel upstream overlay lint parity speed geo3k)
 
 NANO := benchmarks/geo3k_nano
 GEO3K := -m benchmarks.geo3k --model $(NANO)/model --dataset $(NANO)/data @$(NANO)/engine.args
@@ -160,7 +160,7 @@ test-unit: install
 test-engines: install
 	$(PY) -m pytest --durations 0 --durations-min 5 -m 'engine and not gpu'
 
-## what is too long for make test: parity of 0.21.0 and 0.32.0, the serving benchmark
+## what is too long for make test: engines of other releases, and of the stock one; benchmarks
 test-optional: install
 	$(PY) -m pytest --optional -m optional
 

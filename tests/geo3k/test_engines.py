@@ -36,6 +36,7 @@ def accuracies(folder: Path) -> dict[str, float]:
     return {run["run"]: run["accuracy"] for run in runs}
 
 
+@pytest.mark.optional  # test_logits.py compares the same engines, and the logits
 def test_the_fork_is_as_accurate_compiled_as_transformers(stock_tree, tmp_path):
     stock = f"compiled@{stock_tree}"
     runs = ["--runs", "transformers", "compiled", stock]  # eager is compared in tests/engines
