@@ -174,7 +174,7 @@ RULES = {
         ),
         Rule(
             "DS002",
-            "cleared where a replayed graph does not go",
+            "not cleared when a graph is replayed",
             "a replayed graph does not clear it, so that later steps read what this one staged",
             outlives,
         ),
