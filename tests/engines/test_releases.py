@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 
 import pytest
@@ -33,6 +34,28 @@ def test_parity(version):
     affected = released.contains(version)
     assert stock["agrees"] == (not affected)
     assert fork["agrees"]
+
+
+def test_plugin():
+    """0.32.0 as released, with the plugin of its environment, in every process."""
+    install = ["make", "install", "build/tiny/qwen3_vl", "RELEASE=0.32.0"]
+    done = subprocess.run(install, cwd=releases.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    command = ["build/env/0.32.0/bin/vllm-deepstack", "check", "--model", "build/tiny/qwen3_vl"]
+    command += [
+        "@tests/tiny_models.args",
+        "--side-by-side",
+        "--vllm",
+        "build/stock/0.32.0",
+        "--json",
+    ]
+    on = {"DEEPSTACK_DISABLE": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    on |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        command, cwd=releases.ROOT, env=os.environ | on, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["vllm"] == "0.32.0 with vllm-deepstack"
 
 
 def test_soak():

@@ -31,7 +31,7 @@ print(json.dumps({
     "level": plugin.OUTCOME[0],
     "text": plugin.OUTCOME[1],
     "files": {name: str(path) for f in finders for name, (path, _) in f.files.items()},
-    "imported": sorted(new - set(sys.stdlib_module_names) - {"tools"}),
+    "imported": sorted(new - set(sys.stdlib_module_names) - {"tools", "__mp_main__"}),
 }))
 plugin.register()
 """

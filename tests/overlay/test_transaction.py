@@ -132,7 +132,7 @@ def test_what_an_earlier_overlay_changed_and_this_one_does_not(sources, tmp_path
     Tree(sources, newer).apply()
     expected = code(content(sources))
     record = (sources / "vllm-0.22.1.dist-info/RECORD").read_text().splitlines()
-    Tree(sources).revert()
+    Tree(sources, newer).revert()
 
     Tree(sources, older).apply()
     Tree(sources, newer).apply()
@@ -141,5 +141,5 @@ def test_what_an_earlier_overlay_changed_and_this_one_does_not(sources, tmp_path
     listed = {line.split(",")[0] for line in now}
     assert {line.split(",")[0] for line in record} <= listed
     assert all((sources / path).is_file() for path in listed)
-    Tree(sources).revert()
+    Tree(sources, newer).revert()
     assert content(sources) == before

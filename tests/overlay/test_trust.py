@@ -315,17 +315,17 @@ def test_a_file_of_another_user_in_a_tree_of_one_s_own(sources):
 
 
 @pytest.mark.parametrize("mounted", ["vllm", MODELS])
-def test_a_part_on_another_file_system(sources, mounted):
+def test_a_part_on_another_file_system(sources, tmp_path, mounted):
     """Files cannot be renamed from one to another: right, or refused with nothing changed."""
     script = f"""
 set -e
-cp -a {sources}/{mounted} {sources.parent}/copy
+cp -a {sources}/{mounted} {tmp_path}/copy
 mount -t tmpfs none {sources}/{mounted}
-cp -a {sources.parent}/copy/. {sources}/{mounted}
+cp -a {tmp_path}/copy/. {sources}/{mounted}
 set +e
 {sys.executable} -m tools apply {sources}
 echo "exit code $?"
-diff -r {sources.parent}/copy {sources}/{mounted} && echo unchanged
+diff -r {tmp_path}/copy {sources}/{mounted} && echo unchanged
 """
     done = subprocess.run(
         ["unshare", "--mount", "--map-root-user", "bash", "-c", script],

@@ -207,9 +207,7 @@ class TestServer:
         jsonschema.validate(told, SCHEMA)
         assert told["version"] == version
 
-    @pytest.mark.parametrize(
-        "answer", [b"", b"[]", b"{}", b'{"version": 3}', b'{"version": "x\\u001b"}']
-    )
+    @pytest.mark.parametrize("answer", ["", "[]", "{}", '{"version": 3}', '{"version": "x"}'])
     def test_no_vllm_server(self, server, capsys, answer):
         server.answer = answer.encode()
         assert main(["status", "--url", f"http://127.0.0.1:{server.server_port}"]) == 2
