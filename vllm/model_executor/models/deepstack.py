@@ -40,7 +40,7 @@ class DeepStackMixin(torch.nn.Module):
 
     @property
     def deepstack_input_embeds(self) -> list[torch.Tensor]:
-        """`[max_num_batched_tokens, hidden_size]` by level; none without a tower."""
+        """`[max_num_batched_tokens, hidden_size]` by level; empty until set."""
         return [getattr(self, name) for name in self._deepstack_names]
 
     @deepstack_input_embeds.setter
@@ -51,7 +51,8 @@ class DeepStackMixin(torch.nn.Module):
         """
         for level, buffer in enumerate(buffers or ()):
             if level == len(self._deepstack_names):
-                # vLLM's weight cache maps buffers of one name into other engines.
+                # Unique: `model_loader/weight_cache` shares buffers of equal names
+                # between engines.
                 name = f"deepstack_input_embeds_{level}_{random_uuid()}"
                 self._deepstack_names = (*self._deepstack_names, name)
             if buffer.is_meta:
@@ -60,7 +61,8 @@ class DeepStackMixin(torch.nn.Module):
 
     @property
     def use_deepstack(self) -> bool:
-        """Whether there are levels. Without a tower: whether requests can have some."""
+        """Whether the model has levels. If its encoder is not loaded (limits of 0),
+        whether requests can send embeddings that have them."""
         if isinstance(getattr(self, "visual", None), StageMissingLayer):
             levels = getattr(self.config.vision_config, "deepstack_visual_indexes", ())
             return self.multimodal_config.enable_mm_embeds and len(levels) > 0
@@ -115,9 +117,12 @@ class DeepStackMixin(torch.nn.Module):
         self.deepstack_input_embeds_num_tokens = num_tokens
 
     def _clear_deepstack_input_embeds(self, num_tokens: int) -> None:
-        """Clears a payload's first `num_tokens` rows: those of `forward`'s step."""
-        # The next step clears where `forward` cannot: in a graph of the whole model,
-        # which sets no attributes, and while another micro-batch may still read.
+        """Zeros the first `num_tokens` rows of what is staged.
+
+        `forward` gives its own number of tokens; `embed_input_ids` all that are staged.
+        """
+        # `forward` must not clear while Dynamo traces it, or while another micro-batch
+        # may still read. `embed_input_ids` runs outside of both, at the next step.
         if torch.compiler.is_compiling() or dbo_enabled():
             return
         staged = self.deepstack_input_embeds_num_tokens

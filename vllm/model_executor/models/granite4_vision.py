@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Granite 4 Vision: registers and clears its own buffers, one a decoder layer."""
+"""Granite 4 Vision: registers and clears its own buffers, one per level."""
 
 
 class Granite4VisionForConditionalGeneration:
     def __init__(self, *, vllm_config, prefix=""):
         ...
-        # D7. They are in a module without parameters: up to 0.25.1, `reload_weights`
-        # overwrites buffers of modules that have some.
+        # D7. Up to 0.25.1, `reload_weights` overwrites the buffers of modules that have
+        # parameters. These are in a module that has none.
         self.deepstack_buffers = torch.nn.Module()
         for level, buffer in enumerate(self._ds_buffers):
             self.deepstack_buffers.register_buffer(f"{level}", buffer, persistent=False)

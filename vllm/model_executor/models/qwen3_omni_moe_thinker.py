@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen3-Omni's thinker: as Qwen3-VL; and no prompt crashes the engine (D12)."""
+"""Qwen3-Omni's thinker: as Qwen3-VL (D1, D2, D7, D9, D15); images on a Hopper (D8),
+M-RoPE positions (D12), short first stages (D13), `prompt_embeds` (D14)."""
 
 from .deepstack import DeepStackMixin
 from .qwen3_vl import check_embedding_widths
@@ -42,8 +43,9 @@ class Qwen3OmniMoeThinkerForConditionalGeneration(DeepStackMixin):
         )
         if multimodal_embeddings is None or len(multimodal_embeddings) == 0:
             return inputs_embeds
-        # By token id: a video's audio has its embeddings after the video's, but its
-        # tokens between them. Only image and video tokens have levels (D14).
+        # By token id: with `use_audio_in_video`, a video's and its audio's tokens
+        # alternate, and all of the video's embeddings come first. Only image and video
+        # tokens have levels (D14).
         ids, size = input_ids.to(is_multimodal.device), inputs_embeds.size(1)
         rows = (ids == self.config.image_token_id) & is_multimodal
         rows |= (ids == self.config.video_token_id) & is_multimodal
