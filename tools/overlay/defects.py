@@ -14,6 +14,8 @@ from pathlib import Path, PurePosixPath
 
 from packaging.specifiers import SpecifierSet
 
+from ..lint.classes import own_attribute
+
 MODELS = "vllm/model_executor/models"
 RUNNER = "vllm/v1/worker/gpu_model_runner.py"
 QWEN4_EXP = "vllm/models/qwen4_exp"
@@ -196,17 +198,6 @@ class Model:
             ):
                 found.append(name)
         return found
-
-
-def own_attribute(node: ast.AST) -> str | None:
-    """The name of `self.name`."""
-    if (
-        isinstance(node, ast.Attribute)
-        and isinstance(node.value, ast.Name)
-        and node.value.id == "self"
-    ):
-        return node.attr
-    return None
 
 
 def names(node: ast.AST) -> Iterator[str]:
