@@ -171,7 +171,23 @@ def missing_gpus(item) -> int:
     return max(0, (marker.args or (1,))[0] - torch.cuda.device_count()) if marker else 0
 
 
+def cannot_run_experts(item) -> bool:
+    """Whether a test has an engine of a model with experts on a CPU without AVX-512.
+
+    vLLM 0.22.1 ends there: `cpu_fused_moe.py` has `forward_torch` make a `SiluAndMul` while no vLLM
+    configuration is set ("Current vLLM config is not set"). As released, without the plugin, too.
+    """
+    import torch
+
+    engine = item.get_closest_marker("engine") and not item.get_closest_marker("gpu")
+    if not engine or "qwen3_omni" not in item.name:
+        return False
+    return torch.backends.cpu.get_cpu_capability() != "AVX512"
+
+
 def pytest_runtest_setup(item):
+    if cannot_run_experts(item):
+        pytest.skip("vLLM 0.22.1 cannot run a model with experts on a CPU without AVX-512")
     if item.get_closest_marker("gpu") and (missing := missing_gpus(item)):
         pytest.skip(f"needs {missing} CUDA GPU(s) more than there are")
 
