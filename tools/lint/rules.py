@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .classes import INIT, Class, Method, own_attribute
+from .classes import INIT, Class, own_attribute
 from .state import IN_PLACE, KEEPS, Place, State, Write, called, root_attribute
 
 
@@ -42,6 +42,17 @@ def allocations(state: State, attribute: str) -> list[Write]:
 
 
 def none_or_tensor(state: State, attribute: str) -> Iterator[Place]:
+    getters = list(returns_none(state, attribute))
+    if getters or attribute in state.cls.setters or allocations(state, attribute):
+        yield from getters[:1]
+        return
+    nones = [w for w in state.of(attribute, [*state.step, *state.making]) if w.none]
+    if nones and any(not w.none for w in state.of(attribute, state.embedding)):
+        yield nones[0]
+
+
+def returns_none(state: State, attribute: str) -> Iterator[Place]:
+    """Where a method that otherwise returns it gives None, by what a step has left."""
     for method in state.running:
         if attribute not in state.returned[method]:
             continue
@@ -50,13 +61,6 @@ def none_or_tensor(state: State, attribute: str) -> Iterator[Place]:
                 for part in node.body:
                     if isinstance(part, ast.Return) and is_none(part.value):
                         yield Place(method, part.lineno)
-                        return
-    if attribute in state.cls.setters or allocations(state, attribute):
-        return
-    nones = [w for w in state.of(attribute, state.step) if w.none]
-    nones += [w for w in state.of(attribute, state.making) if w.none]
-    if nones and any(not w.none for w in state.of(attribute, state.embedding)):
-        yield nones[0]
 
 
 def is_none(value: ast.expr | None) -> bool:
@@ -66,26 +70,10 @@ def is_none(value: ast.expr | None) -> bool:
 def outlives(state: State, attribute: str) -> Iterator[Place]:
     if state.renewed(attribute) or state.cleared_always(attribute):
         return
-    if any(True for _ in none_or_tensor(state, attribute)) and not allocations_or_bound(
-        state, attribute
-    ):
+    if any(returns_none(state, attribute)):
         return
-    clearing = [w for w in state.of(attribute, state.running)]
+    clearing = state.of(attribute, state.running)
     yield (clearing or [state.staged[attribute]])[0]
-
-
-def allocations_or_bound(state: State, attribute: str) -> bool:
-    """Whether what is staged stays until something takes it away."""
-    return not any(is_getter_none(state, attribute, method) for method in state.running)
-
-
-def is_getter_none(state: State, attribute: str, method: Method) -> bool:
-    return attribute in state.returned[method] and any(
-        isinstance(node, ast.If)
-        and state.on_state(node.test)
-        and any(isinstance(part, ast.Return) and is_none(part.value) for part in node.body)
-        for node in ast.walk(method.node)
-    )
 
 
 def rebound(state: State, attribute: str) -> Iterator[Place]:
@@ -148,9 +136,9 @@ def from_row_0(state: State, attribute: str) -> Iterator[Place]:
 
 
 def on_meta(state: State, attribute: str) -> Iterator[Place]:
-    if any(True for _ in none_or_tensor(state, attribute)):
+    if any(none_or_tensor(state, attribute)):
         return  # nothing is read before it is staged
-    if any("is_meta" in cls.module.text for cls in state.cls.lineage if cls.module.text):
+    if any("is_meta" in cls.module.text for cls in state.cls.lineage):
         return
     for write in allocations(state, attribute):
         for node in ast.walk(write.method.node):
