@@ -340,6 +340,23 @@ def test_a_forked_worker_says_so_too(plugin, release_sources):
     assert done.stderr.count(f":vllm.deepstack:vllm-deepstack {__version__}: vLLM 0.22.1, ") == 2
 
 
+@pytest.mark.parametrize(
+    "own, says",
+    [
+        ({}, True),
+        ({"VLLM_LOGGING_LEVEL": "debug"}, True),
+        ({"VLLM_LOGGING_LEVEL": "loud"}, True),
+        ({"VLLM_LOGGING_LEVEL": "WARNING"}, False),
+        ({"VLLM_CONFIGURE_LOGGING": "0"}, False),
+    ],
+)
+def test_a_log_that_is_not_set_up(plugin, release_sources, own, says):
+    """vLLM 0.33.0's `LLM` sets it up after it has loaded the plugins."""
+    plugin.load(release_sources(NEWEST), **own)
+    line = f"[vllm.deepstack] vllm-deepstack {__version__}: vLLM {NEWEST}, DeepStack fixes for "
+    assert (line in plugin.stderr) == says
+
+
 def test_a_cache_root_that_is_relative(plugin, release_sources, tmp_path):
     before = f"import os; os.chdir({str(tmp_path)!r})\n"
     found = plugin.load(release_sources("0.22.1"), before, VLLM_CACHE_ROOT="cache")

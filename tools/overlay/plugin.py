@@ -57,7 +57,7 @@ class Loader(SourceFileLoader):
     def exec_module(self, module: Any) -> None:
         super().exec_module(module)
         if self.replaces:
-            logger.info("vllm-deepstack: %s is imported from %s", module.__name__, self.path)
+            log(logging.INFO, f"vllm-deepstack: {module.__name__} is imported from {self.path}")
 
 
 class Finder(MetaPathFinder):
@@ -95,7 +95,22 @@ def install() -> tuple[int, str]:
 def register() -> None:
     """The entry point. vLLM calls it in every process that does not share another's memory."""
     level, text = OUTCOME
-    logger.log(level, "vllm-deepstack %s: %s", __version__, text)
+    log(level, f"vllm-deepstack {__version__}: {text}")
+
+
+def log(level: int, text: str) -> None:
+    """Logs as vLLM does, or to stderr while vLLM has not set up its log.
+
+    vLLM 0.33.0's `LLM` loads the plugins before that, and INFO would be dropped.
+    """
+    if logger.hasHandlers() or os.environ.get("VLLM_CONFIGURE_LOGGING") == "0":
+        logger.log(level, "%s", text)
+        return
+    least = logging.getLevelName(os.environ.get("VLLM_LOGGING_LEVEL", "INFO").upper())
+    if not isinstance(least, int) or level >= least:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s [%(name)s] %(message)s"))
+        handler.handle(logger.makeRecord(logger.name, level, __file__, 0, text, (), None))
 
 
 def vllm_root() -> Path:
