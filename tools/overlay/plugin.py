@@ -103,7 +103,8 @@ def log(level: int, text: str) -> None:
 
     vLLM 0.33.0's `LLM` loads the plugins before that, and INFO would be dropped.
     """
-    if logger.hasHandlers() or os.environ.get("VLLM_CONFIGURE_LOGGING") == "0":
+    set_up = logging.getLogger("vllm").level or os.environ.get("VLLM_CONFIGURE_LOGGING") == "0"
+    if set_up or logger.isEnabledFor(level):
         logger.log(level, "%s", text)
         return
     least = logging.getLevelName(os.environ.get("VLLM_LOGGING_LEVEL", "INFO").upper())
