@@ -30,6 +30,7 @@ from packaging.specifiers import SpecifierSet
 from tools import ROOT
 from tools.engines import import_path
 from tools.parity.compare import Run, tolerance
+from tools.parity.modes import EAGER, Mode
 
 from .conftest import missing_gpus, version
 from .serving.engine import Engine
@@ -41,18 +42,6 @@ NANO = "geo3k_nano"
 MEMORY = 0.85  # of the GPU's, for all engines together
 TINY = 0.04
 AHEAD = max(2, len(os.sched_getaffinity(0)) * 5 // 8)  # engines: each has a core busy to start
-
-
-@dataclass(frozen=True)
-class Mode:
-    """How vLLM is told to run a model, and which releases can."""
-
-    name: str
-    options: tuple[str, ...] = ()
-    env: tuple[tuple[str, str], ...] = ()
-    releases: str = ""
-    lacking: str = ""
-    """Why others cannot."""
 
 
 @dataclass(frozen=True)
@@ -72,17 +61,15 @@ class Case:
 
     def lacking(self) -> str:
         """Why the release that is imported cannot run it; nothing if it can."""
-        wanted = (self.mode.releases, self.mode.lacking), MODELS.get(self.model, ("", ""))
-        for releases, reason in wanted:
-            if releases and not SpecifierSet(releases).contains(version()):
-                return f"vLLM {version()}: {reason}"
-        return ""
+        releases, reason = MODELS.get(self.model, ("", ""))
+        if releases and not SpecifierSet(releases).contains(version()):
+            return f"vLLM {version()}: {reason}"
+        return self.mode.missing(version(), gpu=True)
 
     def __str__(self) -> str:
         return f"{self.model.rpartition('/')[2]}-{re.sub(r'[, ]+', '-', self.mode.name)}"
 
 
-EAGER = Mode("eager")
 # Models that not all releases have, and why.
 MODELS = {
     "moss_audio": (">=0.24", "MOSS-Audio came with 0.24.0"),
@@ -183,7 +170,7 @@ class Fleet:
 
     def _start(self, case: Case) -> Engine:
         model = self.checkpoints[case.model]
-        if case.mode is EAGER:
+        if case.mode == EAGER:
             options = oracle_options(model, DTYPE)
         else:
             options = served_options(model, DTYPE, *case.mode.options)

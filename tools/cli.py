@@ -114,12 +114,16 @@ def dumps(value: dict[str, Any]) -> str:
 
 
 def write_json(value: dict[str, Any], path: Path) -> None:
+    write_text(dumps(value), path)
+
+
+def write_text(text: str, path: Path) -> None:
     """Replaces the file at once; makes its folder. Writes to a device or a pipe as it is."""
     path = path.resolve()
     if path.exists() and not path.is_file():
-        path.write_text(dumps(value))
+        path.write_text(text)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}")
-    part.write_text(dumps(value))
+    part.write_text(text)
     os.replace(part, path)

@@ -42,10 +42,10 @@ WHEEL = {
     "Repacking wheel": "merge and pack",
 }
 PARITY = {
-    "compiled: importing": "imports",
-    "compiled: starting": "start the engine",
-    "compiled: generating": "generate",
-    "compiled: done": "compare",
+    "default: importing": "imports",
+    "default: starting": "start the engine",
+    "default: asking": "generate",
+    "default: done": "compare",
 }
 IMPORT = """
 import sys, time

@@ -16,13 +16,14 @@ from rich.console import Console
 
 from benchmarks.geo3k import UnreachableError
 from benchmarks.geo3k.data import Question, load
-from tests.fleet import DTYPE, EAGER, NANO
+from tests.fleet import DTYPE, NANO
 from tests.serving.modes import cases
 from tests.serving.soak import DifferenceError
-from tools.engines import engine_job, shared_cores
+from tools.engines import shared_cores
 from tools.parity.compare import tolerance
+from tools.parity.modes import DEFAULT, EAGER
 from tools.parity.report import report, show
-from tools.parity.run import ENGINE, Result, reference_job, run, write_spec
+from tools.parity.run import Result, arm_job, reference_job, run, write_spec
 from tools.parity.samples import Sample
 
 from . import NANO as FILES
@@ -130,7 +131,7 @@ def test_eager_is_transformers(case, fleet, figures):
     spec = write_samples(fleet.folder / "geo3k", SAMPLES, TEXT_ONLY)
     ours = eager.sample(spec, fleet.kept(case) / "geo3k.npz")
     job = reference_job(str(fleet.checkpoints[case.model]), DTYPE, fleet.kept(case))
-    (transformers,) = run([job], spec, Console(stderr=True), side_by_side=False)
+    (transformers,) = run([job], spec, Console(stderr=True), at_once=1)
     transformers.meta["vllm"] = f"Transformers {transformers.meta['transformers']}"
     transformers.images, transformers.image_tokens = ours.images, ours.image_tokens
     found = check(case.model, ours, transformers, factor=2)  # it rounds in other places
@@ -151,13 +152,13 @@ def test_on_the_cpu(stock_tree, tmp_path):
     cores = shared_cores(2)
     reference = reference_job(str(FILES / "model"), "float32", tmp_path)
     jobs = [
-        engine_job("eager", None, [*options, "--enforce-eager"], tmp_path, cores[0], ENGINE),
-        engine_job("compiled", None, options, tmp_path, cores[1], ENGINE),
+        arm_job(EAGER, None, options, tmp_path, cores[0]),
+        arm_job(DEFAULT, None, options, tmp_path, cores[1]),
     ]
-    more = [engine_job("stock", stock_tree, options, tmp_path, cores[0], ENGINE), reference]
+    more = [arm_job(DEFAULT, stock_tree, options, tmp_path, cores[0], "stock"), reference]
     console = Console(stderr=True)
-    eager, compiled = run(jobs, spec, console, side_by_side=True)
-    stock, transformers = run(more, spec, console, side_by_side=True)
+    eager, compiled = run(jobs, spec, console, at_once=2)
+    stock, transformers = run(more, spec, console, at_once=2)
     found = check("geo3k_nano", compiled, eager)
     require(found)
     assert found["tokens_same"] == found["tokens"] == 4 * MAX_TOKENS

@@ -14,12 +14,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tools.engines import engine_job, make_engine, stopping
 from tools.parity.compare import Run
-from tools.parity.engine import answer, logits
+from tools.parity.engine import answer
 from tools.parity.run import Result
+from tools.parity.stepping import Joining, budget, chunks, step_through
 
 from .streams import Request, Text
 
@@ -104,10 +103,6 @@ def main(connection: Connection, options: list[str]) -> None:
         connection.send((number, question(llm)))
 
 
-def budget(llm: Any) -> int:
-    return llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
-
-
 def apply(llm: Any, function: Callable[[Any], Any]) -> Any:
     return llm.apply_model(function)[0]
 
@@ -119,64 +114,28 @@ def sleep_and_wake(llm: Any) -> None:
 
 def serve(llm: Any, stream: list[Request], threshold: int) -> list[Run | ValueError]:
     """Steps the engine by hand, so that who is in flight with whom is always the same."""
-    engine = llm.llm_engine
-    config = engine.vllm_config
+    config = llm.llm_engine.vllm_config
     # Each stream stands for itself: no cached prefixes, and a step with as much text as fits,
     # which in a broken engine, too, ends what an earlier stream left staged.
     longest = config.model_config.max_model_len - 1
     llm.reset_prefix_cache()
-    step_through(llm, [Request((Text(min(budget(llm), longest), seed=99),))])
+    served(llm, [Request((Text(min(budget(llm), longest), seed=99),))])
     llm.reset_prefix_cache()
-    if not threshold:
-        return step_through(llm, stream)
-    scheduling = engine.engine_core.engine_core.scheduler.scheduler_config
-    scheduling.long_prefill_token_threshold = threshold
-    try:
-        return step_through(llm, stream)
-    finally:
-        scheduling.long_prefill_token_threshold = 0
+    with chunks(llm, threshold):
+        return served(llm, stream)
 
 
-def step_through(llm: Any, stream: list[Request]) -> list[Run | ValueError]:
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
+def served(llm: Any, stream: list[Request]) -> list[Run | ValueError]:
     engine = llm.llm_engine
-    vocabulary = engine.vllm_config.model_config.get_vocab_size()
     tokenizer = llm.get_tokenizer()
-    waiting = list(enumerate(stream))[::-1]
-    done: dict[int, Run | ValueError] = {}
-    since = 0
-    while waiting or engine.has_unfinished_requests():
-        while waiting and (
-            since >= waiting[-1][1].joins_after or not engine.has_unfinished_requests()
-        ):
-            number, request = waiting.pop()
-            sampling = SamplingParams(
-                temperature=0,
-                max_tokens=request.max_tokens,
-                logprobs=-1,
-                flat_logprobs=True,
-                ignore_eos=True,
-                detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            )
-            prompt = request.prompt(tokenizer, engine.vllm_config.model_config.get_hidden_size())
-            try:
-                if "_prompt_embeds" in prompt:
-                    prompt = engine.renderer._process_tokens(prompt)
-                engine.add_request(str(number), prompt, sampling)
-            except ValueError as error:
-                done[number] = error
-            since = 0
-        for output in engine.step():
-            if output.finished:
-                tokens = output.outputs[0]
-                done[int(output.request_id)] = Run(
-                    np.array(tokens.token_ids), logits(tokens.logprobs, vocabulary)
-                )
-        since += 1
-    return [done[number] for number in range(len(stream))]
+
+    def prompt(request: Request) -> dict[str, Any]:
+        made = request.prompt(tokenizer, engine.vllm_config.model_config.get_hidden_size())
+        return engine.renderer._process_tokens(made) if "_prompt_embeds" in made else made
+
+    joining = [Joining(partial(prompt, r), r.max_tokens, r.joins_after) for r in stream]
+    found = step_through(llm, joining)
+    return [each if isinstance(each, ValueError) else each.run for each in found]
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ import torch
 
 from tests.fleet import DTYPE, Case, Mode
 from tools.parity.compare import TOLERANCE
+from tools.parity.modes import DEFAULT, graphs
 
-from .modes import DEFAULT, graphs
 from .soak import DifferenceError, Soak, modalities, with_prompt_embeds
 from .streams import Audio, Picture, Request, Text
 

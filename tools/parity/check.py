@@ -11,9 +11,10 @@ from rich.console import Console
 
 from .. import cli
 from ..cli import UserError
-from ..engines import engine_job, shared_cores
-from .report import Report, report, show
-from .run import ENGINE, reference_job, run, write_spec
+from ..engines import shared_cores
+from .modes import EAGER, MODES
+from .report import Report, exit_code, report, show
+from .run import Result, arm_job, outcomes, reference_job, run, write_spec
 from .samples import Sample, builtin, load
 
 
@@ -29,39 +30,48 @@ def check(args: argparse.Namespace, options: list[str], folder: Path, console: C
         samples = load(args.samples, args.num_samples)
     else:
         samples = builtin(args.num_samples or 5, folder)
-    spec = write_spec(samples, args.samples is None, args.max_tokens, folder)
+    spec = write_spec(samples, args.samples is None, args.max_tokens, folder, probes=True)
     common = ["--model", args.model, "--dtype", args.dtype, "--seed", "0"]
     common += ["--logprobs-mode", "raw_logits", "--max-logprobs", "-1", *options]
+    at_once = 2 if args.side_by_side else 1
     if args.side_by_side and not any(
         o.replace("_", "-").startswith("--gpu-memory-util") for o in options
     ):
         common += ["--gpu-memory-utilization", "0.4"]  # of a CPU's memory, too
     cores = shared_cores(2) if args.side_by_side else [[], []]
-    jobs = [
-        engine_job("eager", args.vllm, [*common, "--enforce-eager"], folder, cores[0], ENGINE),
-        engine_job("compiled", args.vllm, common, folder, cores[1], ENGINE),
-    ]
-    eager, compiled = run(jobs, spec, console, args.side_by_side)
+    modes = [EAGER, *(mode for mode in MODES if mode.name in args.modes)]
+    jobs = [arm_job(mode, args.vllm, common, folder, cores[i % 2]) for i, mode in enumerate(modes)]
+    eager, *others = outcomes(jobs, spec, console, at_once)
+    assert isinstance(eager, Result)
     reference = None
     if args.reference:
         if not args.samples and not any(eager.images):  # a model that takes none
             spec = write_spec([Sample(s.messages) for s in samples], True, args.max_tokens, folder)
         (reference,) = run(
-            [reference_job(args.model, eager.meta["dtype"], folder)], spec, console, False
+            [reference_job(args.model, eager.meta["dtype"], folder)], spec, console, 1
         )
-    return report(args.model, eager, compiled, reference, args.tolerance)
+    arms = dict(zip([mode.name for mode in modes[1:]], others))
+    return report(args.model, eager, arms, reference, args.tolerance)
 
 
 def execute(args: argparse.Namespace, options: list[str]) -> int:
-    folder = args.logs or Path(tempfile.mkdtemp(prefix="parity."))
+    folder = args.logs or Path(tempfile.mkdtemp(prefix="check."))
     folder.mkdir(parents=True, exist_ok=True)
     result = check(args, options, folder.resolve(), Console(stderr=True))
-    if not args.logs:
+    if not args.logs and not any(arm["verdict"] == "failed" for arm in result["arms"]):
         shutil.rmtree(folder)
+    if args.html:
+        from .page import page
+
+        cli.write_text(page(result), args.html)
+    if args.junit:
+        from .junit import junit
+
+        cli.write_text(junit(result), args.junit)
     if args.json == "-":
-        print(cli.dumps(dict(result)), end="")
+        print(cli.dumps(result), end="")
     else:
         if args.json:
-            cli.write_json(dict(result), Path(args.json))
-        show([result], Console())
-    return 0 if result["agrees"] else 1
+            cli.write_json(result, Path(args.json))
+        show([result], Console(width=cli.width()))
+    return exit_code(result)

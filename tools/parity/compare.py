@@ -37,6 +37,8 @@ class Difference:
     agreed: int
     """Tokens in agreement before the first that differs."""
     steps: int
+    by_step: list[float]
+    """Largest |Δlogit| of each step that was compared."""
 
     @property
     def largest(self) -> float:
@@ -60,13 +62,16 @@ def compare(ours: Run, theirs: Run) -> Difference:
         delta = np.where(a == b, 0.0, np.abs(a - b)).max(axis=1)  # both may mask a token: -inf
     delta = np.where(np.isnan(delta), np.inf, delta)
     decode = float(delta[1:].max()) if compared > 1 else None
-    return Difference(float(delta[0]), decode, kl_divergence(a, b), agreed, steps)
+    by_step = [float(step) for step in delta]
+    return Difference(by_step[0], decode, kl_divergence(a, b), agreed, steps, by_step)
 
 
 def tolerance(dtype: str, runs: Iterable[Run]) -> float:
     """The dtype's for logits of up to 10; for larger ones as much more as its steps are wider."""
     finite = (np.abs(run.logits[np.isfinite(run.logits)]) for run in runs)
-    return TOLERANCE[dtype] * max([1.0, *(float(each.max(initial=0)) / 10 for each in finite)])
+    return TOLERANCE.get(dtype, TOLERANCE["bfloat16"]) * max(
+        [1.0, *(float(each.max(initial=0)) / 10 for each in finite)]
+    )
 
 
 def kl_divergence(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:

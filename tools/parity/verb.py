@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
 from .. import cli
 from ..cli import UserError
 from . import FORMAT
+from .modes import FULL, MODES, PIECEWISE
 
 CHECK = """\
-Does a model give the same logits compiled as eager? Runs it in two vLLM engines, each in a process
-of its own, on the same samples, with greedy decoding. Options that are not listed here go to both
-engines, under vLLM's names.
+Is a model right when it is compiled? Runs it in vLLM engines, each in a process of its own: eager,
+and in each of the modes. Does it compute the same? Does a request get the same after others as
+alone? Do its images count? Options that are not listed here go to all engines, under vLLM's names.
 
-exit code: 0 they agree, 1 they diverge, 2 the check could not run"""
+exit code: 0 it agrees, 1 it diverges or leaks, 2 the check could not run, or cannot tell"""
 EXAMPLES = """\
 @FILE stands for the arguments in a file, one per line
 
 examples:
   vllm-deepstack check --model Qwen/Qwen3-VL-2B-Instruct --max-model-len 8192
+  vllm-deepstack check --model MODEL --modes default breakable batch-invariant --html check.html
   vllm-deepstack check --model MODEL --samples prompts.jsonl --json report.json"""
 # What the check itself decides; given to an engine they would undo it.
 OWN = (
@@ -30,13 +33,15 @@ OWN = (
     "--max-logprobs",
     "--max_logprobs",
 )
+NAMES = [mode.name for mode in MODES]
+GRAPHS = {PIECEWISE.name, FULL.name}  # they are a compilation config
 
 
 def add(verbs: Any) -> None:
     parser = cli.add_verb(
         verbs,
         "check",
-        "compare a model compiled with eager, on real engines",
+        "is a model right when compiled: against eager, and what leaks, on real engines",
         CHECK,
         EXAMPLES,
         failed=2,
@@ -54,6 +59,14 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--max-tokens", type=cli.positive, default=8, help="tokens a sample (default: 8)"
     )
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        choices=NAMES,
+        default=NAMES[:1],
+        help=f"how vLLM compiles and runs it (default: {NAMES[0]}): {', '.join(NAMES)}",
+        metavar="MODE",
+    )
     parser.add_argument("--dtype", default="auto", help="as vLLM has it (default: auto)")
     parser.add_argument(
         "--tolerance", type=float, help="largest |Δlogit| that is agreement (default: by dtype)"
@@ -68,7 +81,7 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--side-by-side",
         action="store_true",
-        help="both engines at once, with half the memory each and, on a CPU, half the cores",
+        help="two engines at once, with half the memory each and, on a CPU, half the cores",
     )
     parser.add_argument(
         "--json",
@@ -77,6 +90,8 @@ def add(verbs: Any) -> None:
         metavar="FILE",
         help="JSON to FILE, or to stdout instead of the table; docs/schemas/check.json",
     )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="a page with plots")
+    parser.add_argument("--junit", type=Path, metavar="FILE", help="JUnit XML, for a CI")
     parser.add_argument(
         "--logs", type=Path, help="keep the engines' logs and results in this folder"
     )
@@ -86,8 +101,15 @@ def execute(args: argparse.Namespace) -> int:
     for option in args.options:
         if option.split("=")[0] in OWN:
             args.parser.error(f"{option}: the check sets this itself")
+        if GRAPHS & set(args.modes) and re.match(r"(-O|-cc|--compilation[-_]config)\b", option):
+            args.parser.error(f"{option}: --modes piecewise and full set this themselves")
     try:
         from .check import execute
+
+        if args.html:
+            from . import page  # noqa: F401
+        if args.junit:
+            from . import junit  # noqa: F401
     except ModuleNotFoundError as error:
         raise UserError(
             f"check needs {error.name}: pip install 'vllm-deepstack[check]', beside vLLM"

@@ -1,0 +1,177 @@
+"""Short requests by which the check finds leaks: each alone, and after or beside others' media."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .compare import compare
+from .samples import drawing
+from .stepping import Joining, Served, budget, chunks, step_through
+
+IDLE = 10**6
+"""Steps: more than any request takes, so that it joins when all have ended."""
+OVERLAPPING = 2
+LONGEST = 1024
+"""Tokens of a medium that goes through the decoder one token a step."""
+SAMPLE_RATE = 16_000
+PROSE = """\
+A triangle has three sides and three angles, and the angles add up to one hundred and eighty
+degrees. Where two sides are equal, so are the angles that face them. A circle is all points that
+are as far from its center as its radius says; a line that meets it in one point only stands at a
+right angle to the radius there. Which of these facts helps depends on what is given and on what
+is asked: read the question twice, draw what it says, and write down what follows from it.
+"""
+
+
+@dataclass(frozen=True)
+class Probe:
+    words: int
+    """Tokens of text, before the medium if there is one."""
+    seed: int
+    medium: int | None = None
+    max_tokens: int = 1
+    joins_after: int = field(default=IDLE, compare=False)
+
+
+class Prompts:
+    """What an engine is sent for probes: text, and an image or audio if the model takes any."""
+
+    def __init__(self, llm: Any, blank: bool = False):
+        self.blank = blank
+        self.tokenizer = llm.get_tokenizer()
+        self.words = self.tokenizer.encode(PROSE, add_special_tokens=False)
+        self.modality, self.placeholder = placeholder(llm.llm_engine.vllm_config.model_config)
+
+    def __call__(self, probe: Probe) -> dict[str, Any]:
+        start = 7 * probe.seed
+        tokens = [self.words[(start + i) % len(self.words)] for i in range(probe.words)]
+        if probe.medium is None:
+            return {"prompt_token_ids": tokens}
+        content = MEDIA[self.modality](probe.medium, self.blank)
+        prompt = f"{self.tokenizer.decode(tokens)}{self.placeholder}{self.tokenizer.decode(tokens)}"
+        return {"prompt": prompt, "multi_modal_data": {self.modality: content}}
+
+
+def placeholder(config: Any) -> tuple[str, str]:
+    """A modality that probes can have, and what stands for it in a prompt; nothing if none can."""
+    if not config.is_multimodal_model:
+        return "", ""
+    from vllm.model_executor.model_loader.utils import get_model_cls
+
+    cls: Any = get_model_cls(config)
+    for modality in MEDIA:
+        try:
+            text = cls.get_placeholder_str(modality, 1)
+        except (AttributeError, ValueError):  # it takes no such medium
+            continue
+        if text and config.multimodal_config.get_limit_per_prompt(modality):
+            return modality, text
+    return "", ""
+
+
+def picture(seed: int, blank: bool) -> Image.Image:
+    image = drawing(seed).resize((64 + 32 * (seed % 2), 64))
+    return Image.new("RGB", image.size, "gray") if blank else image
+
+
+def tone(seed: int, blank: bool) -> tuple[np.ndarray, int]:
+    """In noise: of noise alone, encoders make much the same."""
+    random = np.random.default_rng(seed)
+    seconds = np.arange(SAMPLE_RATE // 2) / SAMPLE_RATE
+    wave = 0 if blank else 0.5 * np.sin(2 * np.pi * random.uniform(100, 4000) * seconds)
+    return (wave + random.normal(0, 0.01, len(seconds))).astype(np.float32), SAMPLE_RATE
+
+
+MEDIA: dict[str, Callable[[int, bool], Any]] = {"image": picture, "audio": tone}
+
+
+def media_then_text(groups: int = 8) -> list[Probe]:
+    """One to four short prompts with a medium, and then one to four of text, while the others
+    decode or after them. All fit into captured sizes. Some come again, to the prefix cache."""
+    stream: list[Probe] = []
+    for number in range(groups):
+        media = [
+            Probe(2 + (number + i) % 5, number + i, number + i, 1 + (number + i) % 3, 0)
+            for i in range(1 + number % 4)
+        ]
+        if number % 3 == 1:
+            media.append(replace(next(p for p in stream if p.medium is not None), joins_after=0))
+        text = [
+            Probe(3 + (5 * number + 4 * i) % 17, 7 * number + i, max_tokens=4, joins_after=0)
+            for i in range(1 + number // 2 % 4)
+        ]
+        waits = OVERLAPPING if number % 3 == 2 else IDLE
+        stream += [replace(media[0], joins_after=IDLE), *media[1:]]
+        stream += [replace(text[0], joins_after=waits), *text[1:]]
+    return stream
+
+
+def media_in_pieces(tokens: int, events: int = 4) -> list[Probe]:
+    """For steps that have one token of a prompt: beside a text that decodes, a medium of so many
+    tokens, and another text."""
+    stream: list[Probe] = []
+    for number in range(events):
+        stream.append(Probe(5, 20, max_tokens=tokens + 24))
+        stream.append(Probe(3, number, number, 3, OVERLAPPING))
+        stream.append(Probe(4, 40 + number, max_tokens=6, joins_after=OVERLAPPING * (number % 2)))
+    return stream
+
+
+@dataclass
+class Alone:
+    """What each probe gets alone. Those of text are asked before the engine has seen a medium:
+    in a broken one, nothing may ever clear what a medium left."""
+
+    llm: Any
+    prompts: Prompts
+    flush: bool
+    found: dict[Probe, Served] = field(default_factory=dict)
+
+    def ask(self, probes: Iterable[Probe]) -> None:
+        """
+        Raises:
+            ValueError: the engine refuses one.
+        """
+        for probe in dict.fromkeys(probes):
+            if probe not in self.found:
+                if probe.medium is not None and self.flush:
+                    self._flush()
+                self.llm.reset_prefix_cache()
+                (served,) = step_through(self.llm, [joining(probe, self.prompts)])
+                if isinstance(served, ValueError):
+                    raise served
+                self.found[probe] = served
+
+    def _flush(self) -> None:
+        """A step of as much text as fits, for which no graph was captured: it runs the model's own
+        Python, which ends what the medium before left."""
+        config = self.llm.llm_engine.vllm_config
+        words = min(budget(self.llm), config.model_config.max_model_len - 1)
+        step_through(self.llm, [joining(Probe(words, 0), self.prompts)])
+
+    def in_stream(self, stream: list[Probe], tokens: int) -> list[dict[str, Any]]:
+        """How far each request of a stream is from the same request alone, with at most so many
+        tokens of a prompt a step (0: as the engine has it)."""
+        self.ask(stream)
+        self.llm.reset_prefix_cache()
+        with chunks(self.llm, tokens):
+            served = step_through(self.llm, [joining(probe, self.prompts) for probe in stream])
+        rows = []
+        for probe, each in zip(stream, served):
+            if isinstance(each, ValueError):
+                raise each
+            difference = compare(each.run, self.found[probe].run)
+            kind = "text" if probe.medium is None else self.prompts.modality
+            rows.append(
+                {"kind": kind, "joined": each.joined, "ended": each.ended} | asdict(difference)
+            )
+        return rows
+
+
+def joining(probe: Probe, prompts: Prompts) -> Joining:
+    return Joining(lambda: prompts(probe), probe.max_tokens, probe.joins_after)

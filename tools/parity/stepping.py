@@ -1,0 +1,115 @@
+"""Steps an engine by hand, so that who is in flight with whom is the same in every run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .compare import Run
+
+
+@dataclass(frozen=True)
+class Joining:
+    """A request, and when it joins."""
+
+    prompt: Callable[[], Any]
+    """As `LLMEngine.add_request` takes it; made when it joins."""
+    max_tokens: int
+    joins_after: int
+    """Steps after the request before it joined; at once where none is in flight."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a request got."""
+
+    run: Run
+    prompt: list[int]
+    """Its tokens."""
+    joined: int
+    """The engine's steps before it."""
+    ended: int
+
+
+def sampling(max_tokens: int) -> Any:
+    """Greedy, with raw logits of the whole vocabulary, which `logits` reads."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=0,
+        max_tokens=max_tokens,
+        logprobs=-1,
+        flat_logprobs=True,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def logits(flat: Any, vocabulary: int) -> np.ndarray:
+    """`[steps, vocabulary]` from vLLM's flat list; NaN where vLLM gave nothing."""
+    steps = np.full((len(flat.start_indices), vocabulary), np.nan, np.float32)
+    tokens, values = np.array(flat.token_ids), np.array(flat.logprobs, np.float32)
+    for step, (start, end) in enumerate(zip(flat.start_indices, flat.end_indices)):
+        steps[step, tokens[start:end]] = values[start:end]
+    return steps
+
+
+def budget(llm: Any) -> int:
+    """The most tokens of a step: `max_num_batched_tokens`."""
+    return llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+
+
+def step_through(llm: Any, requests: list[Joining]) -> list[Served | ValueError]:
+    """What each request got; the error, if the engine refused it."""
+    engine = llm.llm_engine
+    vocabulary = engine.vllm_config.model_config.get_vocab_size()
+    waiting = list(enumerate(requests))[::-1]
+    done: dict[int, Served | ValueError] = {}
+    joined: dict[int, int] = {}
+    step = last = 0
+    while waiting or engine.has_unfinished_requests():
+        while waiting and (
+            step - last >= waiting[-1][1].joins_after or not engine.has_unfinished_requests()
+        ):
+            number, request = waiting.pop()
+            try:
+                engine.add_request(str(number), request.prompt(), sampling(request.max_tokens))
+            except ValueError as error:
+                done[number] = error
+            joined[number] = last = step
+        for output in engine.step():
+            if output.finished:
+                number, tokens = int(output.request_id), output.outputs[0]
+                run = Run(np.array(tokens.token_ids), logits(tokens.logprobs, vocabulary))
+                prompt = list(output.prompt_token_ids or [])
+                done[number] = Served(run, prompt, joined[number], step)
+        step += 1
+    return [done[number] for number in range(len(requests))]
+
+
+def can_chunk(llm: Any) -> bool:
+    """Whether `chunks` works: the scheduler runs in this process, and may cut prompts."""
+    core = getattr(llm.llm_engine.engine_core, "engine_core", None)
+    scheduling = llm.llm_engine.vllm_config.scheduler_config
+    return hasattr(core, "scheduler") and bool(scheduling.enable_chunked_prefill)
+
+
+@contextmanager
+def chunks(llm: Any, tokens: int) -> Iterator[None]:
+    """Steps have no more tokens of one prompt, as with `--long-prefill-token-threshold`."""
+    if not tokens:
+        yield
+        return
+    scheduling = llm.llm_engine.engine_core.engine_core.scheduler.scheduler_config
+    before = scheduling.long_prefill_token_threshold
+    scheduling.long_prefill_token_threshold = tokens
+    try:
+        yield
+    finally:
+        scheduling.long_prefill_token_threshold = before
