@@ -150,6 +150,34 @@ def write_qwen_processor(tokenizer: transformers.PreTrainedTokenizerFast, out: P
     Qwen3VLProcessor(images, tokenizer, videos, chat_template=CHAT_TEMPLATE).save_pretrained(out)
 
 
+def qwen2_5_vl(out: Path, seed: int = 0) -> Path:
+    """A vision model that has no DeepStack."""
+    from transformers.models.qwen2_5_vl import Qwen2_5_VLProcessor
+
+    tokenizer = make_tokenizer()
+    text = text_config(tokenizer)
+    text.pop("head_dim")
+    text["rope_scaling"] = {"type": "mrope", "mrope_section": [4, 6, 6]}
+    vision: dict[str, Any] = {
+        "depth": 2,
+        "hidden_size": HIDDEN,
+        "num_heads": 4,
+        "intermediate_size": 2 * HIDDEN,
+    }
+    vision |= {"out_hidden_size": HIDDEN, "fullatt_block_indexes": [1], "patch_size": 14}
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, **token_ids(tokenizer, **QWEN_TOKENS)
+    )
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config).float()
+    draw_weights(model, seed)
+    model.save_pretrained(out)
+    images = transformers.Qwen2VLImageProcessor(min_pixels=4 * 28**2, max_pixels=64 * 28**2)
+    videos = transformers.Qwen2VLVideoProcessor()
+    processor = Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=CHAT_TEMPLATE)
+    processor.save_pretrained(out)
+    return out
+
+
 def qwen3_omni(out: Path, seed: int = 0) -> Path:
     """The thinker, in a checkpoint of the whole model's layout."""
     tokenizer = make_tokenizer()

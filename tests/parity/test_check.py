@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from io import StringIO
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 import jsonschema
 import numpy as np
 import pytest
+from junitparser import JUnitXml
 from PIL import Image
 from rich.console import Console
 
 from tools import ROOT
 from tools.__main__ import main
 from tools.cli import UserError
-from tools.engines import Job
+from tools.engines import EngineError, Job
 from tools.parity.compare import Run
-from tools.parity.report import report, show
+from tools.parity.junit import junit
+from tools.parity.modes import BREAKABLE, DEFAULT
+from tools.parity.page import page
+from tools.parity.probes import media_in_pieces, media_then_text, picture, tone
+from tools.parity.report import Report, exit_code, report, sentences, show
 from tools.parity.run import Result, run
 from tools.parity.samples import Sample, builtin, load, with_images
 
@@ -102,48 +110,204 @@ class TestSamples:
         assert with_images(plain, str.upper) == plain.messages
 
 
-def result(*logits: float, prompt=(1, 2), images=(1, 0), dtype="float32") -> Result:
+def result(*logits: float, prompt=(1, 2), images=(1, 0), dtype="float32", **meta) -> Result:
     """Two samples, one step each, of which the first logit is given."""
     runs = [Run(np.array([1]), np.array([[x, 9]], np.float32)) for x in logits]
-    meta = {"vllm": "0.22.1", "dtype": dtype, "transformers": "5"}
+    meta = {"vllm": "0.22.1", "dtype": dtype, "transformers": "5"} | meta
     return Result(meta, [np.array(prompt)] * len(runs), list(images), list(images), runs)
+
+
+def request(kind: str, off: float, joined: int, ended: int) -> dict[str, Any]:
+    """Of a stream, as an engine reports it."""
+    moved = {"first": off, "decode": None, "kl": 0.0, "agreed": 1, "steps": 1, "by_step": [off]}
+    return {"kind": kind, "joined": joined, "ended": ended} | moved
+
+
+def leaks(*requests: dict[str, Any], **not_run: str) -> dict[str, Any]:
+    streams = {"image, then text": list(requests)} if requests else {}
+    return {"streams": streams, "not_run": not_run}
+
+
+SHARES = {"modality": "image", "blank": 3.9, "levels": 2.2}
+LEAKING = leaks(
+    request("text", 0, 0, 3),
+    request("image", 0, 1, 2),
+    request("text", 2.9, 2, 5),
+    request("text", 1e-4, 9, 9),
+    request("text", 3.1, 10, 11),
+)
+
+
+def made(arms: dict[str, Any] | None = None, **meta: Any) -> Report:
+    """A report, which is as the schema says."""
+    arms = {"default": result(0, 0)} if arms is None else arms
+    one = report("m", result(0, 0, gpu=True, **meta), arms)
+    jsonschema.validate(one, SCHEMA)
+    return one
+
+
+def shown(*reports: Report, width: int = 100) -> str:
+    output = StringIO()
+    show(list(reports), Console(file=output, width=width))
+    return output.getvalue()
 
 
 class TestReport:
     def test_agreement_and_divergence(self):
-        one = report("m", result(0, 0), result(2e-4, 1e-5), None, None)
-        assert one["agrees"] and one["tolerance"] == 1e-3
-        jsonschema.validate(one, SCHEMA)
+        one = made({"default": result(2e-4, 1e-5)})
+        assert one["verdict"] == "agrees" and one["tolerance"] == 1e-3
         assert one["noise_floor"] == pytest.approx(1e-5)
-        two = report("m", result(0, 0), result(2e-3, 1e-5), None, None)
-        assert [s["agrees"] for s in two["samples"]] == [False, True] and not two["agrees"]
-        assert report("m", result(0, 0), result(2e-3, 1e-5), None, 0.01)["agrees"]
+        two = made({"default": result(2e-3, 1e-5)})
+        assert [s["agrees"] for s in two["arms"][1]["samples"]] == [False, True]
+        assert two["verdict"] == "diverges"
+        arms = {"default": result(2e-3, 1e-5)}
+        assert report("m", result(0, 0), arms, limit=0.01)["verdict"] == "agrees"
 
-    def test_tolerance_goes_by_dtype(self):
-        assert report("m", result(0, 0, dtype="bfloat16"), result(0.2, 0), None, None)["agrees"]
-        assert not report("m", result(0, 0, dtype="float16"), result(0.2, 0), None, None)["agrees"]
+    @pytest.mark.parametrize("dtype, verdict", [("bfloat16", "agrees"), ("float16", "diverges")])
+    def test_tolerance_goes_by_dtype(self, dtype, verdict):
+        arms = {"default": result(0.2, 0, dtype=dtype)}
+        assert report("m", result(0, 0, dtype=dtype), arms)["verdict"] == verdict
+
+    def test_tolerance_grows_with_the_logits(self):
+        eager, compiled = result(90, 90), result(90.008, 90)
+        assert report("m", eager, {"default": compiled})["verdict"] == "agrees"
 
     def test_other_tokens_are_an_error(self):
-        with pytest.raises(UserError, match="compiled was given other tokens"):
-            report("m", result(0, 0), result(0, 0, prompt=(1, 3)), None, None)
+        with pytest.raises(UserError, match="default was given other tokens"):
+            made({"default": result(0, 0, prompt=(1, 3))})
 
     def test_reference_is_a_third_column(self):
-        one = report("m", result(0, 0), result(0, 0), result(0.5, 0), None)
-        assert one["agrees"] and one["samples"][0]["eager_to_transformers"]["first"] == 0.5
+        one = report("m", result(0, 0), {"default": result(0, 0)}, result(0.5, 0))
+        assert one["verdict"] == "agrees" and one["arms"][0]["to_transformers"][0]["first"] == 0.5
         jsonschema.validate(one, SCHEMA)
-        output = StringIO()
-        show([one], Console(file=output, width=80))
-        assert "Transformers 5" in output.getvalue() and "0.50" in output.getvalue()
+        assert "Transformers 5" in shown(one) and "0.50" in shown(one)
 
     def test_reports_side_by_side_fit_a_terminal(self):
-        reports = [report("m", result(0, 0), result(x, 1e-5), None, None) for x in (2, 0)]
+        reports = [made({"default": result(x, 1e-5)}) for x in (2, 0)]
         reports[1]["vllm"] = "0.22.1+deepstack.1.cpu"
-        output = StringIO()
-        show(reports, Console(file=output, width=80))
-        lines = output.getvalue().splitlines()
+        lines = shown(*reports, width=80).splitlines()
         assert max(len(line.rstrip()) for line in lines[:-2]) <= 80
-        assert "…" not in output.getvalue()
-        assert "diverges on 1 of 2" in lines[-2] and "agrees on 2" in lines[-1]
+        assert "…" not in "".join(lines)
+        assert "diverges (default)" in lines[-2] and "agrees (default)" in lines[-1]
+
+    def test_a_leak_is_shown_as_what_it_is(self):
+        one = made({"default": result(0, 0), "breakable": result(0, 0, leaks=LEAKING)})
+        assert one["verdict"] == "leaks" and exit_code(one) == 1
+        assert sentences(one["arms"][2]) == [
+            "image, then text: request 5 (text) changed by 3.10 after request 2 (image)",
+            "image, then text: request 3 (text) changed by 2.90 beside request 2 (image)",
+        ]
+        text = shown(one)
+        assert "breakable: image, then text: request 5 (text) changed by 3.10" in text
+        assert "2 of 5" in text and "leaks (breakable)" in text
+
+    def test_eager_may_leak_too(self):
+        assert made(leaks=LEAKING)["verdict"] == "leaks"
+
+    def test_requests_alone_count(self):
+        compiled = result(0, 0)
+        compiled.alone = {"probe": Run(np.array([1]), np.array([[2, 9]], np.float32))}
+        eager = result(0, 0)
+        eager.alone = {"probe": Run(np.array([1]), np.array([[0, 9]], np.float32))}
+        one = report("m", eager, {"default": compiled})
+        assert one["verdict"] == "diverges"
+        assert one["arms"][1]["alone"] == {"requests": 1, "differ": 1, "largest": 2.0}
+
+    def test_media_that_do_not_count(self):
+        """A model that was fed nothing agrees with itself: that is no agreement."""
+        one = made(shares=SHARES | {"blank": 1e-4})
+        assert one["verdict"] == "unknown" and exit_code(one) == 2
+        assert "the check could not have seen them" in shown(one)
+        assert "cannot tell" in shown(one)
+        assert "without DeepStack's levels, by 2.20" in shown(made(shares=SHARES))
+
+    def test_what_was_not_asked(self):
+        needs = leaks(trickle="needs CUDA graphs")
+        absent = result()
+        absent.meta = {"missing": "vLLM 0.22.1: no such graphs"}
+        levels = SHARES | {"levels": None}
+        one = made({"default": result(0, 0, leaks=needs), "breakable": absent}, shares=levels)
+        assert one["verdict"] == "agrees"
+        assert one["unanswered"] == [
+            "mode breakable: vLLM 0.22.1: no such graphs",
+            "leaks, trickle: needs CUDA graphs",
+            "what DeepStack levels count: no _get_deepstack_input_embeds in the model",
+        ]
+        assert "agrees (default)" in shown(one)  # and not: breakable
+        alone = made({"breakable": absent})
+        assert alone["verdict"] == "unknown"
+        assert "needs a GPU" in "".join(
+            report("m", result(0, 0, gpu=False), {"default": result(0, 0)})["unanswered"]
+        )
+
+    def test_a_mode_that_fails(self):
+        dead = EngineError("breakable failed with exit code 1:\nAssertionError: rows [2]")
+        one = made({"default": result(0, 0), "breakable": dead})
+        assert one["verdict"] == "unknown" and exit_code(one) == 2
+        assert "AssertionError: rows [2]" in shown(one)
+        both = made({"default": result(2, 0), "breakable": dead})
+        assert both["verdict"] == "diverges"
+
+
+class TestFiles:
+    """What a CI and a browser get."""
+
+    @pytest.fixture
+    def one(self) -> Report:
+        absent = result()
+        absent.meta = {"missing": "needs a GPU"}
+        arms = {
+            "default": result(2, 1e-5, leaks=leaks(trickle="<needs> a GPU")),
+            "full": EngineError("full died & no more"),
+            "breakable": result(0, 0, leaks=LEAKING),
+            "V2": absent,
+        }
+        return made(arms, shares=SHARES)
+
+    def test_junit(self, one):
+        xml = JUnitXml.fromstring(junit(one).encode())
+        assert (xml.tests, xml.failures, xml.errors, xml.skipped) == (9, 2, 1, 2)
+        found = {(suite.name, case.name): case for suite in xml for case in suite}
+        assert "2.00 off eager" in found["default", "sample 1"].result[0].message
+        leak = found["breakable", "image, then text"].result[0].message
+        assert "request 5 (text) changed by 3.10 after request 2 (image)" in leak
+        assert not found["media", "media count"].result
+
+    def test_page(self, one):
+        """It needs no other file, is well-formed, and has the same bytes for the same result."""
+        text = page(one)
+        assert text == page(one)
+        assert "request 5 (text) changed by 3.10 after request 2 (image)" in text
+        assert "&lt;needs&gt; a GPU" in text and "<needs>" not in text
+        assert not re.search(r"""(?:src|href)=["'](?!#)""", text)
+        assert text.count("<svg") == 2  # tokens of the modes that ran, and a stream
+        ElementTree.fromstring(text[text.index("<body>") : -len("</html>\n")])
+
+
+class TestProbes:
+    def test_streams(self):
+        stream = media_then_text()
+        media = [probe for probe in stream if probe.medium is not None]
+        assert len(stream) > 40 and len(media) > 15
+        assert len(set(media)) < len(media)  # some come again
+        assert stream[0].medium is not None
+        pieces = media_in_pieces(70)
+        assert [probe.medium is None for probe in pieces[:3]] == [True, False, True]
+        assert pieces[0].max_tokens > 70  # it decodes until the medium is through
+
+    def test_media(self):
+        assert picture(0, blank=False).size == picture(0, blank=True).size
+        assert len(picture(1, blank=True).getcolors()) == 1
+        loud, quiet = (np.abs(tone(0, blank)[0]).max() for blank in (False, True))
+        assert loud > 10 * quiet
+
+
+class TestModes:
+    def test_a_release_may_lack_one(self):
+        assert BREAKABLE.missing("0.24.0", gpu=True) == ""
+        assert "from 0.24.0 on" in BREAKABLE.missing("0.22.1+deepstack.2.cpu", gpu=True)
+        assert BREAKABLE.missing("0.33.1.dev12+g1234", gpu=False) == "needs a GPU"
+        assert DEFAULT.missing("0.20.0", gpu=False) == ""
 
 
 class TestErrors:
@@ -167,6 +331,16 @@ class TestErrors:
         path = sample_file({"prompt": "a", "images": ["none.png"]})
         assert "none.png" in self.fails(capsys, "--model", "m", "--samples", str(path))
 
+    def test_modes_and_a_compilation_config(self, capsys):
+        with pytest.raises(SystemExit) as end:
+            main(["check", "--model", "m", "--modes", "full", "--compilation-config={}"])
+        assert end.value.code == 2 and "--modes piecewise and full" in capsys.readouterr().err
+
+    def test_a_mode_that_there_is_not(self, capsys):
+        with pytest.raises(SystemExit):
+            main(["check", "--model", "m", "--modes", "none"])
+        assert "breakable" in capsys.readouterr().err
+
     @pytest.mark.parametrize(
         "option", ["--enforce-eager", "--max-logprobs=5", "--num-samples=0", "--max-tokens=0"]
     )
@@ -180,11 +354,11 @@ class TestErrors:
         with pytest.raises(
             UserError, match=r"eager failed with exit code 1:\nValueError: no such thing"
         ) as error:
-            run([job], tmp_path / "job.json", Console(file=StringIO()), False)
+            run([job], tmp_path / "job.json", Console(file=StringIO()), 1)
         assert str(job.log) in str(error.value)
 
     def test_help_says_the_exit_codes(self):
         done = subprocess.run(
             [sys.executable, "-m", "tools", "check", "--help"], capture_output=True, text=True
         )
-        assert "0 they agree, 1 they diverge, 2 the check could not run" in done.stdout
+        assert "0 it agrees, 1 it diverges or leaks, 2 the check could not run" in done.stdout

@@ -60,6 +60,8 @@ class Status:
     """What the plugin says of this vLLM, or why it does not run; None where it is not installed."""
     models: dict[str, dict[str, str]] = field(default_factory=dict)
     """By model and defect: one of `STATES`. `latent`: there, but no engine reaches it."""
+    lint: list[str] = field(default_factory=list)
+    """What `vllm-deepstack lint` finds in models that have no rule here."""
     problem: str | None = None
     """Why it cannot be told."""
     warnings: list[str] = field(default_factory=list)
@@ -80,7 +82,9 @@ class Status:
     def code(self) -> int:
         if self.problem:
             return UNKNOWN
-        return AFFECTED if "present" in self.defects.values() else CLEAN
+        # DS003 is latent: there is a row for every token that a step can schedule (D5).
+        found = any(not text.startswith("DS003") for text in self.lint)
+        return AFFECTED if found or "present" in self.defects.values() else CLEAN
 
     def json(self) -> dict[str, Any]:
         verdict = ("clean", "affected", "unknown")[self.code]
@@ -101,8 +105,11 @@ class Status:
         if self.plugin:
             lines.append(f"plugin: {self.plugin}")
         lines += [f"warning: {text}" for text in self.warnings]
+        lines += [f"lint finds {text}" for text in self.lint]
         if self.problem:
             lines.append(f"cannot tell: {self.problem}")
+        elif self.code == AFFECTED and "present" not in self.defects.values():
+            lines.append("affected, in models for which vllm-deepstack has no fix")
         elif self.code == AFFECTED:
             lines.append(
                 "affected; to fix it, install vllm-deepstack beside this vLLM, or: vllm-deepstack "

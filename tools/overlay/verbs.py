@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
 from importlib import import_module
@@ -22,6 +22,7 @@ from packaging.version import Version
 from .. import __version__, cli, releases
 from ..cli import UserError
 from . import PLUGIN
+from .defects import KINDS, MODELS
 from .status import SCHEMA, UNKNOWN, status
 from .tree import OVERLAY, Tree, overlay_files
 from .verdict import verdict
@@ -120,8 +121,26 @@ def show_status(args: argparse.Namespace) -> int:
         since = source.stat().st_ctime if source.is_file() else None
     found = status(root, args.overlay, args.cache_dir, served, since)
     found.plugin = said
+    if sys.stderr.isatty():
+        print("reading the other models' code…", file=sys.stderr)
+    found.lint = linted(root, overlay_files(args.overlay).keys())
     print(json.dumps(found.json(), indent=1) if args.json else found.text())
     return found.code
+
+
+def linted(root: Path, ours: Iterable[str]) -> list[str]:
+    """What the lint finds in models that `status` has no rule for."""
+    from ..lint.verb import RULES, lint
+
+    folders = [root / folder for folder in (MODELS, "vllm/models") if (root / folder).is_dir()]
+    judged = {root.resolve() / path for path in (*ours, *(kind.file for kind in KINDS.values()))}
+    with cli.uncollected():
+        found, _ = lint(folders, root, list(RULES))
+    return [
+        f"{finding.code} in {finding.file}:{finding.line}: {finding.message}"
+        for finding in found
+        if finding.file.resolve() not in judged
+    ]
 
 
 def plugin(tree: Path | None) -> Distribution | None:

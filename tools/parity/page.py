@@ -108,7 +108,7 @@ def timeline(stream: dict[str, Any]) -> Figure:
     rows = stream["requests"]
     figure = Figure((9, 0.6 + 0.16 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    for at, one in enumerate(rows):
+    for at, one in enumerate(rows, 1):
         color = CHANGED if one["changed"] else COLORS[one["kind"]]
         hatch = "" if one["kind"] == "text" else "////"
         width = one["ended"] - one["joined"] + 1
@@ -120,7 +120,7 @@ def timeline(stream: dict[str, Any]) -> Figure:
                 one["ended"] + 1.3, at, number(one["largest"]), va="center", fontsize=7, color=color
             )
             if one["cause"] is not None:
-                begins = (rows[one["cause"]]["joined"], one["cause"])
+                begins = (rows[one["cause"]]["joined"], one["cause"] + 1)
                 axes.annotate(
                     "",
                     (one["joined"], at),

@@ -309,9 +309,7 @@ def about_shares(one: Report) -> list[str]:
     kind = shares["modality"] or "image"
     if blind(shares, one["tolerance"]):
         moved = number(shares["blank"])
-        return [
-            f"blank {kind}s change the logits by {moved} only: the check could not have seen it"
-        ]
+        return [f"blank {kind}s change logits by {moved} only: the check could not have seen them"]
     found = [f"without the {kind}s' content, logits change by {number(shares['blank'])}"]
     if shares["levels"] is not None:
         found.append(f"without DeepStack's levels, by {number(shares['levels'])}")

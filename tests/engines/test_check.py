@@ -1,0 +1,128 @@
+"""The check on broken variants, which are made here, on a GPU, and on a model without DeepStack."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from rich.console import Console
+
+from tests import tiny_models
+from tests.serving.soak import DifferenceError
+from tools import ROOT
+from tools.engines import shared_cores
+from tools.overlay.tree import Tree
+from tools.parity.modes import EAGER
+from tools.parity.report import leaked, report, sentences
+from tools.parity.run import arm_job, run, write_spec
+from tools.parity.samples import builtin
+
+SCHEMA = json.loads((ROOT / "docs/schemas/check.json").read_text())
+MIXIN, QWEN3_VL = (f"vllm/model_executor/models/{name}.py" for name in ("deepstack", "qwen3_vl"))
+IN_FORWARD = "self._clear_deepstack_input_embeds(inputs_embeds.size(0))"
+IN_FOUR = "self._clear_deepstack_input_embeds(4)"
+STAGED = "self._clear_deepstack_input_embeds(self.deepstack_input_embeds_num_tokens)"
+# In a fixed vLLM: the file, what stands there, and what stands there instead.
+VARIANTS = {
+    "nothing is cleared": [(MIXIN, "buffer[: min(num_tokens, staged)].zero_()", "pass")],
+    # As a graph does that was captured for a step of four tokens.
+    "four rows are cleared": [(QWEN3_VL, STAGED, "pass"), (QWEN3_VL, IN_FORWARD, IN_FOUR)],
+    # As when a graph is replayed, which does not run `forward`.
+    "all rows are cleared": [(QWEN3_VL, IN_FORWARD, "pass")],
+}
+
+
+def small(model: Path) -> list[str]:
+    options = ["--model", str(model), "--max-model-len", "512", "--max-num-batched-tokens", "512"]
+    return [*options, "--max-num-seqs", "16", "--limit-mm-per-prompt", '{"image": 2, "video": 0}']
+
+
+def check(model: Path, folder: Path, *options: str, **more: str) -> tuple[int, dict[str, Any]]:
+    """Runs the command: (exit code, report)."""
+    command = [sys.executable, "-m", "tools", "check", *small(model), *options]
+    files = {name: folder / f"check.{name}" for name in ("json", "html", "junit")}
+    command += [part for name, file in files.items() for part in (f"--{name}", str(file))]
+    env = os.environ | {"VLLM_CACHE_ROOT": str(folder / "cache"), "HF_HUB_OFFLINE": "1"} | more
+    env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    print(done.stdout)
+    assert files["json"].exists(), done.stderr
+    found = json.loads(files["json"].read_text())
+    jsonschema.validate(found, SCHEMA)
+    assert "<svg" in files["html"].read_text() and "<testsuite" in files["junit"].read_text()
+    return done.returncode, found
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(900)
+def test_broken_variants_leak(models, stock_tree, tmp_path):
+    """On eager engines, which run the models' own Python at each step: of the fork, with one thing
+    broken, text gets what an image has left; that all rows are cleared once is enough."""
+    spec = write_spec(builtin(5, tmp_path), True, 4, tmp_path, probes=True)
+    options = [*small(models["qwen3_vl"]), "--dtype", "float32", "--seed", "0"]
+    options += ["--logprobs-mode", "raw_logits", "--max-logprobs", "-1"]
+    options += ["--gpu-memory-utilization", "0.3"]  # of a CPU's memory, too
+    cores, jobs = shared_cores(2), []
+    for number, (name, edits) in enumerate(VARIANTS.items()):
+        tree = shutil.copytree(stock_tree, tmp_path / f"tree-{number}", copy_function=os.link)
+        Tree(tree).apply()
+        for file, old, new in edits:
+            text = (tree / file).read_text()
+            assert text.count(old) == 1
+            (tree / file).unlink()  # it may be a link to the release's
+            (tree / file).write_text(text.replace(old, new))
+        jobs.append(arm_job(EAGER, tree, options, tmp_path, cores[number % 2], name))
+    results = dict(zip(VARIANTS, run(jobs, spec, Console(stderr=True), at_once=2)))
+    for name, result in results.items():
+        assert result.meta["vllm"].endswith(" with vllm-deepstack")
+        found = report(name, result, {})
+        jsonschema.validate(found, SCHEMA)
+        (eager,) = found["arms"]
+        print(f"{name}: {leaked(eager)}", *sentences(eager)[:3], sep="\n  ")
+        if name == "all rows are cleared":
+            assert not leaked(eager)
+            continue
+        assert found["verdict"] == "leaks" and leaked(eager) > 5
+        assert "(text) changed by " in sentences(eager)[0] and "(image)" in sentences(eager)[0]
+        assert eager["leaks"]["streams"][0]["requests"][0]["changed"] is False
+
+
+@pytest.mark.engine
+@pytest.mark.optional
+@pytest.mark.timeout(900)
+def test_a_model_without_deepstack(tmp_path):
+    """Qwen2.5-VL: it agrees, nothing leaks, and no share of levels is made up."""
+    model = tiny_models.qwen2_5_vl(tmp_path / "model")
+    code, found = check(model, tmp_path, "--dtype", "float32", "--side-by-side")
+    assert (code, found["verdict"]) == (0, "agrees")
+    assert len(found["arms"][1]["leaks"]["streams"][0]["requests"]) > 40
+    assert found["shares"]["blank"] > 0.5 and found["shares"]["levels"] is None
+    assert any("_get_deepstack_input_embeds" in text for text in found["unanswered"])
+
+
+@pytest.mark.gpu
+@pytest.mark.release(">=0.24")
+@pytest.mark.bites("newest")
+@pytest.mark.timeout(600, func_only=True)
+def test_the_check_finds_what_graphs_leave(tmp_path, figures):
+    """D2, in one run; in the modes in which 0.33.0 as released has it."""
+    model = tiny_models.MODELS["qwen3_vl"](tmp_path / "model")
+    memory = ["--gpu-memory-utilization", "0.05", "--kv-cache-memory-bytes", str(2**30)]
+    modes = ["default", "breakable", "batch-invariant"]
+    options = ["--dtype", "bfloat16", *memory, "--modes", *modes]
+    code, found = check(model, tmp_path, *options)
+    for arm in found["arms"]:
+        figures(what="check", mode=arm["mode"], changed=leaked(arm), seconds=arm["seconds"])
+    assert all(arm["verdict"] not in ("failed", "not run") for arm in found["arms"])
+    wrong = [arm["mode"] for arm in found["arms"] if arm["verdict"] == "leaks"]
+    if wrong == modes:
+        assert code == 1
+        raise DifferenceError(sentences(found["arms"][1])[0])
+    assert (code, found["verdict"]) == (0, "agrees")
