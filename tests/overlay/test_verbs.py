@@ -62,6 +62,46 @@ def test_usage_errors(arguments, words, capsys):
     assert words in capsys.readouterr().err
 
 
+NEW_MODEL = """
+import torch
+from torch import nn
+
+
+class NewModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("staged", torch.zeros(8, 4))
+
+    def embed_input_ids(self, input_ids, multimodal_embeddings=None):
+        if multimodal_embeddings is not None:
+            self.staged[:4].copy_(multimodal_embeddings)
+        return self.language_model.embed_input_ids(input_ids)
+
+    def forward(self, input_ids, inputs_embeds=None):
+        return self.language_model(inputs_embeds, staged=self.staged)
+"""
+
+
+def test_status_stands_on_the_lint_for_models_without_a_rule(release_sources, capsys):
+    root = release_sources("0.33.0")
+    Tree(root).apply()
+    assert main(["status", str(root)]) == 0
+    file = root / "vllm/model_executor/models/new_model.py"
+    file.write_text(NEW_MODEL)
+    capsys.readouterr()
+    assert main(["status", str(root)]) == 1
+    text = capsys.readouterr().out
+    assert f"lint finds DS002 in {file}:13: NewModel.staged: a replayed graph does not" in text
+    assert text.endswith("affected, in models for which vllm-deepstack has no fix\n")
+    assert main(["status", str(root), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    jsonschema.validate(found, SCHEMA)
+    assert found["verdict"] == "affected" and len(found["lint"]) == 1
+    file.write_text(NEW_MODEL + "class (")
+    assert main(["status", str(root)]) == 2
+    assert f"{file}: does not parse" in capsys.readouterr().err
+
+
 def test_a_reader_that_is_gone(release_sources):
     """`vllm-deepstack diff | head -1`"""
     diff = f"{' '.join(COMMAND)} diff {release_sources('0.22.1')}"

@@ -1,0 +1,92 @@
+"""docs/authors.md: its model is clean, and breaks a rule with each line less; its CI files work."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from buildkite_sdk import Pipeline
+
+from tools import ROOT
+from tools.__main__ import parser
+from tools.lint.rules import RULES
+from tools.lint.verb import lint
+
+PAGE = (ROOT / "docs/authors.md").read_text()
+(MODEL,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+GITHUB, BUILDKITE = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+REGISTER = 'self.register_buffer("staged", torch.zeros(rows, hidden_size), persistent=False)'
+CLEAR = "self.staged.zero_()"
+STAGE = "self.staged[: len(input_ids)][is_multimodal] = features"
+STACK = "self.staged = torch.stack(features)"
+JOBS = yaml.safe_load(GITHUB)["jobs"]
+COMMANDS = [
+    *(step["run"] for job in JOBS.values() for step in job["steps"] if "run" in step),
+    *(step["command"] for step in yaml.safe_load(BUILDKITE)["steps"]),
+]
+
+
+def codes(text: str, folder: Path) -> set[str]:
+    (folder / "model.py").write_text("import torch\nfrom torch import nn\n\n" + text)
+    return {finding.code for finding in lint([folder], None, list(RULES))[0]}
+
+
+def test_the_model_is_clean(tmp_path):
+    assert codes(MODEL, tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    "code, changes",
+    [
+        (
+            "DS001",
+            [(REGISTER, "self.staged = None"), (CLEAR, "self.staged = None"), (STAGE, STACK)],
+        ),
+        ("DS002", [(f"        {CLEAR}\n", "")]),
+        ("DS003", [(CLEAR, "self.staged = torch.zeros_like(self.staged)")]),
+    ],
+)
+def test_what_the_rules_are_for(code, changes, tmp_path):
+    text = MODEL
+    for old, new in changes:
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    assert code in codes(text, tmp_path)
+
+
+def test_github_runs_the_workflow(tmp_path):
+    """As far as its schema tells."""
+    (tmp_path / "compiled.yml").write_text(GITHUB)
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema"]
+    command += ["vendor.github-workflows", str(tmp_path / "compiled.yml")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_buildkite_takes_the_steps():
+    """As far as its SDK tells."""
+    Pipeline.from_dict(yaml.safe_load(BUILDKITE))
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("vllm-deepstack")])
+def test_the_commands_are_ours(command):
+    args, options = parser().parse_known_args(shlex.split(command)[1:])
+    assert not options
+    assert args.execute
+
+
+def test_the_lint_step_fails_on_a_broken_model(tmp_path):
+    """As a CI runs it, in a repository of models."""
+    (tmp_path / "models").mkdir()
+    (command,) = {c for c in COMMANDS if c.endswith("lint --format github models/")}
+    command = command.replace("vllm-deepstack", f"PYTHONPATH={ROOT} {sys.executable} -m tools")
+    for text, code in ((MODEL, 0), (MODEL.replace(f"        {CLEAR}\n", ""), 1)):
+        (tmp_path / "models/model.py").write_text(text)
+        done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        assert ("::" in done.stdout and "DS002" in done.stdout) == bool(code)
