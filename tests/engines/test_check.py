@@ -34,8 +34,6 @@ VARIANTS = {
     "nothing is cleared": [(MIXIN, "buffer[: min(num_tokens, staged)].zero_()", "pass")],
     # As a graph does that was captured for a step of four tokens.
     "four rows are cleared": [(QWEN3_VL, STAGED, "pass"), (QWEN3_VL, IN_FORWARD, IN_FOUR)],
-    # As when a graph is replayed, which does not run `forward`.
-    "all rows are cleared": [(QWEN3_VL, IN_FORWARD, "pass")],
 }
 
 
@@ -64,7 +62,7 @@ def check(model: Path, folder: Path, *options: str, **more: str) -> tuple[int, d
 @pytest.mark.timeout(900)
 def test_broken_variants_leak(models, stock_tree, tmp_path):
     """On eager engines, which run the models' own Python at each step: of the fork, with one thing
-    broken, text gets what an image has left; that all rows are cleared once is enough."""
+    broken, text gets what an image has left."""
     spec = write_spec(builtin(5, tmp_path), True, 4, tmp_path, probes=True)
     options = [*small(models["qwen3_vl"]), "--dtype", "float32", "--seed", "0"]
     options += ["--logprobs-mode", "raw_logits", "--max-logprobs", "-1"]
@@ -86,9 +84,6 @@ def test_broken_variants_leak(models, stock_tree, tmp_path):
         jsonschema.validate(found, SCHEMA)
         (eager,) = found["arms"]
         print(f"{name}: {leaked(eager)}", *sentences(eager)[:3], sep="\n  ")
-        if name == "all rows are cleared":
-            assert not leaked(eager)
-            continue
         assert found["verdict"] == "leaks" and leaked(eager) > 5
         assert "(text) changed by " in sentences(eager)[0] and "(image)" in sentences(eager)[0]
         assert eager["leaks"]["streams"][0]["requests"][0]["changed"] is False

@@ -89,11 +89,12 @@ def parity(models, samples, tmp_path):
     return run
 
 
-def differences(report: dict, images: bool, key: str = "compiled") -> list[float]:
+def differences(report: dict, images: bool, arm: int = 1, to: str = "samples") -> list[float]:
+    """Of the samples with or without images: of the compiled engine (1) or the eager one (0)."""
     return [
-        max(s[key]["first"], s[key]["decode"] or 0)
-        for s in report["samples"]
-        if bool(s["images"]) == images
+        max(difference["first"], difference["decode"] or 0)
+        for sample, difference in zip(report["samples"], report["arms"][arm][to], strict=True)
+        if bool(sample["images"]) == images
     ]
 
 
@@ -105,6 +106,9 @@ def test_stock_release_loses_the_features(parity, model, stock_tree, stock_cache
     code, report = parity(model, "--vllm", stock_tree, cache=stock_cache)
     assert code == 1
     assert report["vllm"] == str(releases.default().version)
+    assert report["verdict"] == "diverges"  # and nothing leaks
+    assert report["arms"][1]["alone"]["differ"] > 10  # short requests with images
+    assert min(report["shares"]["blank"], report["shares"]["levels"]) > 0.5
     assert len(differences(report, images=True)) == 4
     assert min(differences(report, images=True)) > 0.5
     assert max(differences(report, images=False)) < 1e-3
@@ -116,11 +120,12 @@ def test_fork_agrees_with_eager_and_with_transformers(parity, model):
     assert code == 0
     assert "deepstack" in report["vllm"]
     assert all(s["image_tokens"] > 0 for s in report["samples"] if s["images"])
-    assert all(s["compiled"]["agreed"] == s["compiled"]["steps"] == 8 for s in report["samples"])
+    assert all(s["agreed"] == s["steps"] == 8 for s in report["arms"][1]["samples"])
+    assert min(report["shares"]["blank"], report["shares"]["levels"]) > 0.5
     assert max(differences(report, True) + differences(report, False)) < 1e-3
-    assert max(differences(report, False, "eager_to_transformers")) < 1e-3
     # Omni's, too: its positions are Transformers' (D12).
-    assert max(differences(report, True, "eager_to_transformers")) < 1e-3
+    for images in (False, True):
+        assert max(differences(report, images, arm=0, to="to_transformers")) < 1e-3
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -131,7 +136,7 @@ def test_the_plugin_fixes_the_stock_release(parity, model, stock_tree, stock_cac
     assert code == 0
     assert report["vllm"] == f"{releases.default().version} with vllm-deepstack"
     assert max(differences(report, True) + differences(report, False)) < 1e-3
-    for name in ("eager", "compiled"):
+    for name in ("eager", "default"):
         log = (tmp_path / f"logs/{name}.log").read_text().splitlines()
         said = [line for line in log if SAYS in line]
         assert len([line for line in said if line.startswith("(EngineCore pid=")]) == 1
@@ -185,9 +190,7 @@ def test_model_without_images(tmp_path):
     assert done.returncode == 0
     report = json.loads(done.stdout)
     assert [s["images"] for s in report["samples"]] == [0, 0]
-    assert (
-        max(differences(report, False) + differences(report, False, "eager_to_transformers")) < 1e-3
-    )
+    assert max(differences(report, False) + differences(report, False, 0, "to_transformers")) < 1e-3
 
 
 def test_model_that_vllm_cannot_load(tmp_path):

@@ -32,8 +32,8 @@ def test_parity(version):
         assert all(sample["image_tokens"] for sample in report["samples"] if sample["images"])
     _, released = DEFECTS["D1"].models["Qwen3-VL"]
     affected = released.contains(version)
-    assert stock["agrees"] == (not affected)
-    assert fork["agrees"]
+    assert stock["verdict"] == ("diverges" if affected else "agrees")
+    assert fork["verdict"] == "agrees"
 
 
 def test_plugin():

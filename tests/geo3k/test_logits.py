@@ -22,7 +22,7 @@ from tests.serving.soak import DifferenceError
 from tools.engines import shared_cores
 from tools.parity.compare import tolerance
 from tools.parity.modes import DEFAULT, EAGER
-from tools.parity.report import report, show
+from tools.parity.report import largest, report, show
 from tools.parity.run import Result, arm_job, reference_job, run, write_spec
 from tools.parity.samples import Sample
 
@@ -69,22 +69,23 @@ def check(model: str, ours: Result, reference: Result, factor: int = 1) -> dict[
     """Shows the differences, and returns them as figures; `factor` times the tolerance agrees."""
     assert ours.meta["dtype"] == reference.meta["dtype"]
     limit = factor * tolerance(ours.meta["dtype"], reference.runs)
-    found = report(model, reference, ours, None, limit)
+    found = report(model, reference, {"default": ours}, limit=limit)
     show([found], Console(width=120))
-    with_image = [s for s in found["samples"] if s["images"]]
-    assert all(s["image_tokens"] for s in with_image)
-    largest = [max(s["compiled"]["first"], s["compiled"]["decode"] or 0) for s in with_image]
+    arm = found["arms"][1]
+    about = zip(found["samples"], arm["samples"], strict=True)
+    differences = [difference for sample, difference in about if sample["images"]]
+    assert all(sample["image_tokens"] for sample in found["samples"] if sample["images"])
     return {
         "model": model,
         "dtype": found["dtype"],
-        "samples": len(with_image),
-        "wrong": sum(not s["agrees"] for s in with_image),
-        "largest": max(largest),
-        "tokens_same": sum(s["compiled"]["agreed"] for s in with_image),
-        "tokens": sum(s["compiled"]["steps"] for s in with_image),
+        "samples": len(differences),
+        "wrong": sum(not difference["agrees"] for difference in differences),
+        "largest": max(map(largest, differences)),
+        "tokens_same": sum(difference["agreed"] for difference in differences),
+        "tokens": sum(difference["steps"] for difference in differences),
         "text_only_largest": found["noise_floor"],
         "tolerance": found["tolerance"],
-        "agrees": found["agrees"],
+        "agrees": found["verdict"] == "agrees",
     }
 
 
