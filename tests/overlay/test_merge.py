@@ -579,6 +579,30 @@ class TestRemoval:
             """,
         )
 
+    def test_nothing_comes_for_it(self):
+        check(
+            """
+            def f(x):
+                a(x)
+                if x:
+                    b(x)
+                return x
+            """,
+            """
+            def f(x):
+                ...
+                # remove
+                if x:
+                    b(x)
+                ...
+            """,
+            """
+            def f(x):
+                a(x)
+                return x
+            """,
+        )
+
     def test_inside_blocks_whose_first_line_is_named(self):
         check(
             """

@@ -89,8 +89,8 @@ def _signature(function: Function) -> str:
 
 
 def _splice(pattern: list[Statement], theirs: list[Statement]) -> list[Statement]:
-    if _matches([s for s in pattern if not removed(s)], theirs):
-        return theirs  # merged before
+    if _merged(pattern, theirs):
+        return theirs
     groups: list[list[Statement]] = [[]]
     for statement in pattern:
         if is_ellipsis(statement):
@@ -126,6 +126,16 @@ def _splice(pattern: list[Statement], theirs: list[Statement]) -> list[Statement
             elif not removed(statement):
                 body.append(_inside(statement, theirs[anchors[i]]))
     return body
+
+
+def _merged(pattern: list[Statement], theirs: list[Statement]) -> bool:
+    """Whether that was done before: what is to go has gone, and the rest is there."""
+    for statement in pattern:
+        if removed(statement) and any(
+            _anchor(other, statement) == _anchor(statement, statement) for other in theirs
+        ):
+            return False
+    return _matches([s for s in pattern if not removed(s)], theirs)
 
 
 def _inside(ours: Statement, theirs: Statement) -> Statement:
@@ -178,7 +188,7 @@ def _matches(pattern: list[Statement], theirs: list[Statement]) -> bool:
     if not theirs or _anchor(head, head) != _anchor(theirs[0], head):
         return False
     if is_spliced(head):
-        kept = [s for s in statements(head.body) if not removed(s)]  # type: ignore[attr-defined]
-        if not _matches(kept, statements(theirs[0].body)):  # type: ignore[attr-defined]
+        inner = statements(head.body), statements(theirs[0].body)  # type: ignore[attr-defined]
+        if not _merged(*inner):
             return False
     return _matches(rest, theirs[1:])
