@@ -640,6 +640,55 @@ class TestRemoval:
             """,
         )
 
+    def test_in_elif_and_else(self):
+        check(
+            """
+            def f(x):
+                if x:
+                    a()
+                elif y:
+                    b()
+                    c()
+                else:
+                    d()
+                    e()
+            """,
+            """
+            def f(x):
+                if x:
+                    ...
+                elif y:
+                    # remove
+                    b()
+                    ...
+                else:
+                    ...
+                    new()
+                ...
+            """,
+            """
+            def f(x):
+                if x:
+                    a()
+                elif y:
+                    c()
+                else:
+                    d()
+                    e()
+                    new()
+            """,
+        )
+
+    @pytest.mark.parametrize(
+        "other", ["elif z:\n        ...\n        new()", "elif y:\n        new()"]
+    )
+    def test_what_goes_on_otherwise_is_an_error(self, other):
+        fails(
+            "def f(x):\n    if x:\n        a()\n    else:\n        b()\n",
+            f"def f(x):\n    if x:\n        ...\n    {other}\n    ...\n",
+            "goes on differently",
+        )
+
     @pytest.mark.parametrize(
         "body, words",
         [

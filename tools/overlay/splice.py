@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from functools import lru_cache
+from typing import Any
 
 import libcst as cst
 
@@ -38,9 +39,12 @@ def removed(statement: Statement) -> cst.EmptyLine | None:
 
 def is_spliced(node: cst.CSTNode) -> bool:
     """Whether a function's or a block's statements are a difference from upstream's."""
-    if not isinstance(node, (cst.FunctionDef, *BLOCKS)):
+    if not isinstance(node, (cst.FunctionDef, cst.Else, *BLOCKS)):
         return False
-    return any(is_ellipsis(s) or removed(s) or is_spliced(s) for s in statements(node.body))
+    inner = statements(node.body)
+    if isinstance(other := getattr(node, "orelse", None), (cst.If, cst.Else)):
+        inner = [*inner, *([other] if isinstance(other, cst.If) else statements(other.body))]
+    return any(is_ellipsis(s) or removed(s) or is_spliced(s) for s in inner)
 
 
 def splice(ours: Function, theirs: Function) -> Function:
@@ -49,7 +53,8 @@ def splice(ours: Function, theirs: Function) -> Function:
     `...` stands for statements of upstream; a statement equal to one of upstream's is an
     anchor and says where between them the new ones go. An anchor marked `# remove` goes. A
     block (`if`, `for`, `while`, `with`) that has any of these in it is the anchor of upstream's
-    block with the same first line, and spliced like a body. A docstring in `ours` is for the
+    block with the same first line, and spliced like a body; so are the `elif` and `else` that are
+    written after it. A docstring in `ours` is for the
     overlay's reader. What is to go, and nothing comes for it, may be gone already: that looks as
     it does once it is merged.
 
@@ -138,15 +143,22 @@ def _merged(pattern: list[Statement], theirs: list[Statement]) -> bool:
     return _matches([s for s in pattern if not removed(s)], theirs)
 
 
-def _inside(ours: Statement, theirs: Statement) -> Statement:
-    """An anchor as it is upstream, with what goes into it if it is a block."""
+def _inside(ours: Any, theirs: Any) -> Any:
+    """An anchor as it is upstream, with what goes into it if it is a block; or an `else`."""
     if not is_spliced(ours):
         return theirs
-    old = statements(theirs.body)  # type: ignore[attr-defined]
-    body = _splice(statements(ours.body), old)  # type: ignore[attr-defined]
-    if body == old:
-        return theirs
-    return theirs.with_changes(body=with_statements(theirs.body, body))  # type: ignore[attr-defined]
+    merged: Any = theirs
+    old = statements(merged.body)
+    if (body := _splice(statements(ours.body), old)) != old:  # type: ignore[attr-defined]
+        merged = merged.with_changes(body=with_statements(merged.body, body))
+    if (other := getattr(ours, "orelse", None)) is None:
+        return merged
+    orelse = merged.orelse
+    if type(orelse) is not type(other) or (
+        isinstance(other, cst.If) and comparable(other, True) != comparable(orelse, True)
+    ):
+        raise UserError(f"upstream's `{source(ours)}` goes on differently")
+    return merged.with_changes(orelse=_inside(other, orelse))
 
 
 def _find(statement: Statement, theirs: list[Statement]) -> int | None:
@@ -187,8 +199,13 @@ def _matches(pattern: list[Statement], theirs: list[Statement]) -> bool:
         return any(_matches(rest, theirs[i:]) for i in range(len(theirs) + 1))
     if not theirs or _anchor(head, head) != _anchor(theirs[0], head):
         return False
-    if is_spliced(head):
-        inner = statements(head.body), statements(theirs[0].body)  # type: ignore[attr-defined]
-        if not _merged(*inner):
-            return False
+    if is_spliced(head) and not _merged_inside(head, theirs[0]):
+        return False
     return _matches(rest, theirs[1:])
+
+
+def _merged_inside(ours: Any, theirs: Any) -> bool:
+    if is_spliced(ours) and not _merged(statements(ours.body), statements(theirs.body)):
+        return False
+    other, orelse = getattr(ours, "orelse", None), getattr(theirs, "orelse", None)
+    return other is None or (type(other) is type(orelse) and _merged_inside(other, orelse))
