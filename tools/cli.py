@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +21,8 @@ class UserError(Exception):
 
 
 def run(command: Callable[[], int], failed: int = 2) -> int:
-    """The exit code of a command. A UserError gives `failed`, with its message and no traceback;
-    Ctrl-C, and a reader that is gone, what a shell gives.
+    """The exit code of a command. A UserError gives `failed`, with its message and no traceback; a
+    mistake of ours, with one; Ctrl-C, and a reader that is gone, what a shell gives.
     """
     try:
         try:
@@ -40,6 +41,9 @@ def run(command: Callable[[], int], failed: int = 2) -> int:
         return 128 + signal.SIGPIPE
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
+        return failed
+    except Exception:  # Python's own exit code 1 would say "affected", or "diverges"
+        traceback.print_exc()
         return failed
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -22,14 +23,16 @@ from tools import ROOT
 from tools.__main__ import main
 from tools.cli import UserError
 from tools.engines import EngineError, Job
+from tools.parity import engine
 from tools.parity.compare import Run
 from tools.parity.junit import junit
 from tools.parity.modes import BREAKABLE, DEFAULT
 from tools.parity.page import page
 from tools.parity.probes import media_in_pieces, media_then_text, picture, tone
-from tools.parity.report import Report, exit_code, report, sentences, show
-from tools.parity.run import Result, run
+from tools.parity.report import TEXT_ALONE, Report, exit_code, report, sentences, show
+from tools.parity.run import Result, outcomes, run
 from tools.parity.samples import Sample, builtin, load, with_images
+from tools.parity.stepping import RefusedError, Served
 
 SCHEMA = json.loads((ROOT / "docs/schemas/check.json").read_text())
 
@@ -120,11 +123,13 @@ def result(*logits: float, prompt=(1, 2), images=(1, 0), dtype="float32", **meta
 def request(kind: str, off: float, joined: int, ended: int) -> dict[str, Any]:
     """Of a stream, as an engine reports it."""
     moved = {"first": off, "decode": None, "kl": 0.0, "agreed": 1, "steps": 1, "by_step": [off]}
-    return {"kind": kind, "joined": joined, "ended": ended} | moved
+    return {"kind": kind, "joined": joined, "ended": ended, "difference": moved}
 
 
-def leaks(*requests: dict[str, Any], **not_run: str) -> dict[str, Any]:
-    streams = {"image, then text": list(requests)} if requests else {}
+def leaks(*requests: dict[str, Any], floor: float = 0.0, **not_run: str) -> dict[str, Any]:
+    streams = {TEXT_ALONE: [request("text", floor, 0, 1)]}
+    if requests:
+        streams["image, then text"] = list(requests)
     return {"streams": streams, "not_run": not_run}
 
 
@@ -173,8 +178,12 @@ class TestReport:
         assert report("m", eager, {"default": compiled})["verdict"] == "agrees"
 
     def test_other_tokens_are_an_error(self):
-        with pytest.raises(UserError, match="default was given other tokens"):
-            made({"default": result(0, 0, prompt=(1, 3))})
+        one = made({"default": result(0, 0, prompt=(1, 3))})
+        assert one["verdict"] == "unknown"
+        assert "sample 1: default was given other tokens than eager: 2 and 2" in shown(one)
+        other = report("m", result(0, 0), {"default": result(0, 0)}, result(0, 0, prompt=(1, 3)))
+        assert other["verdict"] == "agrees" and not other["transformers"]
+        assert "Transformers was given other tokens" in other["unanswered"][0]
 
     def test_reference_is_a_third_column(self):
         one = report("m", result(0, 0), {"default": result(0, 0)}, result(0.5, 0))
@@ -201,6 +210,30 @@ class TestReport:
         assert "breakable: image, then text: request 5 (text) changed by 3.10" in text
         assert "2 of 5" in text and "leaks (breakable)" in text
 
+    def test_what_a_medium_changes_of_its_own_comes_last(self):
+        rows = [request("image", 3.5, 0, 3), request("text", 2.9, 4, 5)]
+        one = made({"default": result(0, 0, leaks=leaks(*rows))})
+        assert sentences(one["arms"][1]) == [
+            "image, then text: request 2 (text) changed by 2.90 after request 1 (image)",
+            "image, then text: request 1 (image) changed by 3.50 in the company of others",
+        ]
+
+    def test_the_company_of_text_is_the_noise(self):
+        """Experts that are chosen, and scales of a quantized step, depend on who else is there."""
+        rows = [request("image", 0, 0, 3), request("text", 0.5, 4, 5)]
+        one = made({"default": result(0, 0, leaks=leaks(*rows, floor=0.3))})
+        assert one["verdict"] == "agrees"
+        (note,) = [text for text in one["unanswered"] if "0.60" in text]
+        assert note == "leaks below 0.60 in mode default: text alone moves text by 0.30"
+        rows[1] = request("text", 0.7, 4, 5)
+        assert made({"default": result(0, 0, leaks=leaks(*rows, floor=0.3))})["verdict"] == "leaks"
+
+    def test_requests_that_are_not_judged(self):
+        rows = [request("image", 0, 0, 3), request("text", 0, 4, 5)]
+        rows[1]["difference"] = None
+        one = made({"default": result(0, 0, leaks=leaks(*rows))})
+        assert "0 of 1" in shown(one)
+
     def test_eager_may_leak_too(self):
         assert made(leaks=LEAKING)["verdict"] == "leaks"
 
@@ -215,10 +248,11 @@ class TestReport:
 
     def test_media_that_do_not_count(self):
         """A model that was fed nothing agrees with itself: that is no agreement."""
-        one = made(shares=SHARES | {"blank": 1e-4})
-        assert one["verdict"] == "unknown" and exit_code(one) == 2
-        assert "the check could not have seen them" in shown(one)
-        assert "cannot tell" in shown(one)
+        for missing in ("blank", "levels"):
+            one = made(shares=SHARES | {missing: 1e-4})
+            assert one["verdict"] == "unknown" and exit_code(one) == 2
+            assert "the check could not have seen them" in shown(one)
+            assert "cannot tell" in shown(one)
         assert "without DeepStack's levels, by 2.20" in shown(made(shares=SHARES))
 
     def test_what_was_not_asked(self):
@@ -240,6 +274,31 @@ class TestReport:
             report("m", result(0, 0, gpu=False), {"default": result(0, 0)})["unanswered"]
         )
 
+    def test_nothing_leaks_is_said_only_if_it_was_asked(self):
+        rows = leaks(request("image", 0, 0, 3), request("text", 0, 4, 5))
+        assert "nothing leaks (tol" in shown(made({"default": result(0, 0, leaks=rows)}))
+        part = rows | {"not_run": {"trickle": "needs chunked prefill"}}
+        text = shown(made({"default": result(0, 0, leaks=part)}))
+        assert "nothing leaks in what was asked" in text
+        refused = leaks(trickle="refused: prompt too long")
+        cpu = report("m", result(0, 0, gpu=False), {"default": result(0, 0, leaks=refused)})
+        assert "leaks, trickle: refused: prompt too long" in cpu["unanswered"]
+        assert "leaks" not in shown(cpu).splitlines()[-1]
+
+    def test_what_is_not_finite_is_json(self):
+        one = made({"default": result(float("nan"), 0)})
+        assert one["verdict"] == "diverges"
+        json.loads(json.dumps(one, allow_nan=False))
+
+    def test_an_engine_that_dies_later_has_answered(self):
+        dead = result(0, 0)
+        dead.error = "default failed with exit code 1:\nAssertionError: rows [2]"
+        one = made({"default": dead})
+        assert one["verdict"] == "unknown" and one["arms"][1]["samples"]
+        assert "AssertionError: rows [2]" in shown(one)
+        dead.runs[0] = result(2, 0).runs[0]
+        assert made({"default": dead})["verdict"] == "diverges"
+
     def test_a_mode_that_fails(self):
         dead = EngineError("breakable failed with exit code 1:\nAssertionError: rows [2]")
         one = made({"default": result(0, 0), "breakable": dead})
@@ -258,7 +317,7 @@ class TestFiles:
         absent.meta = {"missing": "needs a GPU"}
         arms = {
             "default": result(2, 1e-5, leaks=leaks(trickle="<needs> a GPU")),
-            "full": EngineError("full died & no more"),
+            "full": EngineError("full died & \x1b[31mno more\x00"),
             "breakable": result(0, 0, leaks=LEAKING),
             "V2": absent,
         }
@@ -279,6 +338,7 @@ class TestFiles:
         assert text == page(one)
         assert "request 5 (text) changed by 3.10 after request 2 (image)" in text
         assert "&lt;needs&gt; a GPU" in text and "<needs>" not in text
+        assert "full died &amp; [31mno more" in text
         assert not re.search(r"""(?:src|href)=["'](?!#)""", text)
         assert text.count("<svg") == 2  # tokens of the modes that ran, and a stream
         ElementTree.fromstring(text[text.index("<body>") : -len("</html>\n")])
@@ -292,14 +352,82 @@ class TestProbes:
         assert len(set(media)) < len(media)  # some come again
         assert stream[0].medium is not None
         pieces = media_in_pieces(70)
-        assert [probe.medium is None for probe in pieces[:3]] == [True, False, True]
-        assert pieces[0].max_tokens > 70  # it decodes until the medium is through
+        text, medium, after = pieces[:3]
+        assert (text.medium, medium.medium, after.medium) == (None, 0, None)
+        # The other text comes when the medium is through and its row is free; the first decodes.
+        assert 70 + medium.max_tokens < after.joins_after
+        assert medium.joins_after + after.joins_after + 4 + after.max_tokens < text.max_tokens + 5
+        assert [text.judged, medium.judged, after.judged] == [False, True, True]
+        assert {probe for probe in media_in_pieces(1) if probe.judged} == {
+            probe for probe in pieces if probe.judged
+        }
 
     def test_media(self):
-        assert picture(0, blank=False).size == picture(0, blank=True).size
+        assert picture(0, blank=False).size == picture(0, blank=True).size == (64, 64)
         assert len(picture(1, blank=True).getcolors()) == 1
         loud, quiet = (np.abs(tone(0, blank)[0]).max() for blank in (False, True))
         assert loud > 10 * quiet
+
+
+class TestProbing:
+    """What is asked of an engine, and what is not, with the reason."""
+
+    @pytest.fixture
+    def probe(self, monkeypatch):
+        """Asks an engine whose media take so many tokens: (streams with their chunks, reasons)."""
+
+        def run(tokens=30, captured=512, modality="image", mark="<image>", cuts=True, refused=""):
+            graphs = SimpleNamespace(cudagraph_capture_sizes=[1, captured] if captured else [])
+            config = SimpleNamespace(compilation_config=graphs)
+            asked: list[tuple[bool, int]] = []
+
+            class Alone(engine.Alone):
+                def ask(self, probes):
+                    for one in probes:
+                        if refused and one.medium is not None:
+                            raise RefusedError(refused)
+                        self.found[one] = Served(None, [0] * tokens, 0, 0)
+
+                def in_stream(self, stream, chunk):
+                    asked.append((any(p.medium is not None for p in stream), chunk))
+                    return []
+
+            prompts = SimpleNamespace(modality=modality, placeholder=mark)
+            monkeypatch.setattr(engine, "Prompts", lambda llm: prompts)
+            monkeypatch.setattr(engine, "Alone", Alone)
+            monkeypatch.setattr(engine, "can_chunk", lambda llm: cuts)
+            llm = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=config))
+            probing = engine.Probing(llm, flush=False)
+            probing.before_media()
+            assert asked == [(False, 0)]  # text, and before any medium
+            probing.after_media()
+            return asked[1:], probing.leaks["not_run"]
+
+        return run
+
+    def test_all_of_it(self, probe):
+        assert probe() == ([(True, 0), (True, 1)], {})
+
+    def test_chunks_that_fit_into_captured_sizes(self, probe):
+        assert probe(tokens=300) == ([(True, 102), (True, 1)], {})
+        streams, reasons = probe(tokens=600)
+        assert streams == [(True, 102), (True, 1)]
+        assert "600 tokens, and graphs are captured for 512" in "".join(reasons.values())
+        assert probe(captured=0, tokens=300) == ([(True, 0), (True, 1)], {})
+
+    @pytest.mark.parametrize(
+        "engine, streams, words",
+        [
+            ({"modality": ""}, [], "takes no images or audio"),
+            ({"mark": ""}, [], "what stands for image in a prompt is not known"),
+            ({"refused": "too long"}, [], "refused: too long"),
+            ({"cuts": False}, [(True, 0)], "needs chunked prefill"),
+            ({"tokens": 2000, "captured": 0}, [(True, 0)], "takes 2000 tokens"),
+        ],
+    )
+    def test_what_cannot_be_asked(self, probe, engine, streams, words):
+        found, reasons = probe(**engine)
+        assert found == streams and words in "".join(reasons.values())
 
 
 class TestModes:
@@ -342,12 +470,34 @@ class TestErrors:
         assert "breakable" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
-        "option", ["--enforce-eager", "--max-logprobs=5", "--num-samples=0", "--max-tokens=0"]
+        "option",
+        [
+            "--enforce-eager",
+            "--enforce_eager",
+            "--enforce-eag",
+            "--no_enforce_eager",
+            "--logprobs_mode",
+            "--max-logprobs=5",
+            "--num-samples=0",
+            "--max-tokens=0",
+        ],
     )
     def test_options_that_undo_the_check(self, capsys, option):
         with pytest.raises(SystemExit) as end:
             main(["check", "--model", "m", option])
         assert end.value.code == 2 and option.split("=")[0] in capsys.readouterr().err
+
+    def test_earlier_files_are_gone_and_nothing_is_left(self, capsys, tmp_path, monkeypatch):
+        monkeypatch.setenv("TMPDIR", str(tmp_path))
+        monkeypatch.setattr("tempfile.tempdir", None)
+        (tmp_path / "check.xml").write_text("an earlier check's")
+        samples = tmp_path / "none.jsonl"
+        options = ["--samples", str(samples), "--junit", str(tmp_path / "check.xml")]
+        assert "cannot be read" in self.fails(capsys, "--model", "m", *options)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_folder_is_no_file(self, capsys, tmp_path):
+        assert "a folder" in self.fails(capsys, "--model", "m", "--html", str(tmp_path))
 
     def test_failed_worker_shows_its_own_error(self, tmp_path):
         job = Job("eager", "tests.parity.broken_worker", [], {"PYTHONPATH": "."}, tmp_path)
@@ -356,6 +506,26 @@ class TestErrors:
         ) as error:
             run([job], tmp_path / "job.json", Console(file=StringIO()), 1)
         assert str(job.log) in str(error.value)
+
+    @pytest.mark.parametrize("at_once", [1, 2])
+    def test_one_that_fails_later_does_not_stop_the_others(self, tmp_path, at_once):
+        env = {"PYTHONPATH": "."}
+        jobs = [
+            Job(name, f"tests.parity.{worker}_worker", [], env, tmp_path)
+            for name, worker in (("eager", "late"), ("full", "broken"), ("default", "late"))
+        ]
+        console = Console(file=StringIO())
+        eager, full, default = outcomes(jobs, tmp_path / "job.json", console, at_once)
+        assert isinstance(full, EngineError) and "ValueError: no such thing" in str(full)
+        for one in (eager, default):
+            assert len(one.runs) == 1 and "AssertionError: too many rows" in one.error
+        with pytest.raises(EngineError, match=r"^full failed"):  # with which nothing is compared
+            outcomes([jobs[1], jobs[0]], tmp_path / "job.json", console, at_once)
+
+    def test_a_mistake_of_ours_is_no_verdict(self, capsys, monkeypatch):
+        monkeypatch.setattr("tools.parity.check.validate", lambda args: 1 / 0)
+        assert main(["check", "--model", "m"]) == 2
+        assert "ZeroDivisionError" in capsys.readouterr().err
 
     def test_help_says_the_exit_codes(self):
         done = subprocess.run(

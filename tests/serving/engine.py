@@ -18,7 +18,7 @@ from tools.engines import engine_job, make_engine, stopping
 from tools.parity.compare import Run
 from tools.parity.engine import answer
 from tools.parity.run import Result
-from tools.parity.stepping import Joining, budget, chunks, step_through
+from tools.parity.stepping import Joining, RefusedError, budget, chunks, step_through
 
 from .streams import Request, Text
 
@@ -135,7 +135,7 @@ def served(llm: Any, stream: list[Request]) -> list[Run | ValueError]:
 
     joining = [Joining(partial(prompt, r), r.max_tokens, r.joins_after) for r in stream]
     found = step_through(llm, joining)
-    return [each if isinstance(each, ValueError) else each.run for each in found]
+    return [each if isinstance(each, RefusedError) else each.run for each in found]  # type: ignore[misc]
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -11,14 +13,18 @@ from rich.console import Console
 
 from .. import cli
 from ..cli import UserError
-from ..engines import shared_cores
+from ..engines import EngineError, shared_cores
 from .modes import EAGER, MODES
 from .report import Report, exit_code, report, show
 from .run import Result, arm_job, outcomes, reference_job, run, write_spec
 from .samples import Sample, builtin, load
 
 
-def check(args: argparse.Namespace, options: list[str], folder: Path, console: Console) -> Report:
+def validate(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        UserError: a folder is not there.
+    """
     if (
         args.model.startswith(("/", "./", "../", "~"))
         and not Path(args.model).expanduser().is_dir()
@@ -26,6 +32,12 @@ def check(args: argparse.Namespace, options: list[str], folder: Path, console: C
         raise UserError(f"--model {args.model}: the folder does not exist")
     if args.vllm and not (args.vllm / "vllm" / "__init__.py").is_file():
         raise UserError(f"--vllm {args.vllm}: no vLLM there: it has no vllm/__init__.py")
+    for path in (args.html, args.junit):
+        if path and path.is_dir():
+            raise UserError(f"{path}: a folder; name a file")
+
+
+def check(args: argparse.Namespace, options: list[str], folder: Path, console: Console) -> Report:
     if args.samples:
         samples = load(args.samples, args.num_samples)
     else:
@@ -45,8 +57,12 @@ def check(args: argparse.Namespace, options: list[str], folder: Path, console: C
     assert isinstance(eager, Result)
     reference = None
     if args.reference:
-        if not args.samples and not any(eager.images):  # a model that takes none
-            spec = write_spec([Sample(s.messages) for s in samples], True, args.max_tokens, folder)
+        if not args.samples:  # with as many images as the engine takes
+            samples = [
+                Sample(s.messages, images=s.images[:count])
+                for s, count in zip(samples, eager.images)
+            ]
+            spec = write_spec(samples, True, args.max_tokens, folder)
         (reference,) = run(
             [reference_job(args.model, eager.meta["dtype"], folder)], spec, console, 1
         )
@@ -55,23 +71,35 @@ def check(args: argparse.Namespace, options: list[str], folder: Path, console: C
 
 
 def execute(args: argparse.Namespace, options: list[str]) -> int:
+    validate(args)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # engines are stopped
+    files = [Path(args.json)] if args.json not in (None, "-") else []
+    for path in [*files, *filter(None, (args.html, args.junit))]:
+        if path.is_file():
+            path.unlink()  # an earlier check's
     folder = args.logs or Path(tempfile.mkdtemp(prefix="check."))
     folder.mkdir(parents=True, exist_ok=True)
-    result = check(args, options, folder.resolve(), Console(stderr=True))
-    if not args.logs and not any(arm["verdict"] == "failed" for arm in result["arms"]):
-        shutil.rmtree(folder)
-    if args.html:
-        from .page import page
-
-        cli.write_text(page(result), args.html)
+    try:
+        result = check(args, options, folder.resolve(), Console(stderr=True))
+    except UserError as error:
+        if not args.logs and not isinstance(error, EngineError):
+            shutil.rmtree(folder)
+        raise
+    for path in files:
+        cli.write_json(result, path)
+    if args.json == "-":
+        print(cli.dumps(result), end="")
+    else:
+        show([result], Console(width=cli.width()))
     if args.junit:
         from .junit import junit
 
         cli.write_text(junit(result), args.junit)
-    if args.json == "-":
-        print(cli.dumps(result), end="")
-    else:
-        if args.json:
-            cli.write_json(result, Path(args.json))
-        show([result], Console(width=cli.width()))
+    if args.html:
+        from .page import page
+
+        cli.write_text(page(result), args.html)
+    failed = [arm for arm in result["arms"] if arm["reason"] and arm["verdict"] != "not run"]
+    if not args.logs and not failed:
+        shutil.rmtree(folder)
     return exit_code(result)

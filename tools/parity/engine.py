@@ -14,21 +14,23 @@ from PIL import Image
 
 from ..engines import STAGE, make_engine, vllm_name
 from .compare import Run, compare
-from .modes import EAGER, MODES
+from .modes import EAGER, FULL, MODES, PIECEWISE, Mode
 from .probes import (
     LONGEST,
     Alone,
     Prompts,
     joining,
+    limit,
     media_in_pieces,
     media_then_text,
-    placeholder,
 )
+from .report import TEXT_ALONE
 from .samples import Sample, with_images
-from .stepping import can_chunk, logits, sampling, step_through
+from .stepping import RefusedError, Served, can_chunk, logits, sampling, step_through
 
 Arrays = dict[str, Any]
 GETTER = "_get_deepstack_input_embeds"
+UNKNOWN = "_check_levels_unknown"
 
 
 def main(job: str, result: str, name: str, options: list[str]) -> None:
@@ -37,44 +39,64 @@ def main(job: str, result: str, name: str, options: list[str]) -> None:
         save(Path(result), {"missing": missing}, {})
         return
     print(f"{STAGE}starting the engine", flush=True)
-    answer(make_engine(options), Path(job), Path(result), eager=mode == EAGER)
+    llm = make_engine(options)
+    if other := instead(llm, mode):
+        save(Path(result), {"missing": other}, {})
+        return
+    answer(llm, Path(job), Path(result), eager=mode == EAGER)
 
 
 def on_gpu() -> bool:
-    import torch
+    from vllm.platforms import current_platform
 
-    return torch.cuda.is_available()
+    return bool(current_platform.is_cuda_alike())
+
+
+def instead(llm: Any, mode: Mode) -> str:
+    """What vLLM runs, if it is not what was asked for: it changes modes with a warning alone."""
+    config = llm.llm_engine.vllm_config
+    if config.model_config.enforce_eager != (mode == EAGER):
+        return f"vLLM runs with enforce_eager={config.model_config.enforce_eager}"
+    graphs = getattr(config.compilation_config.cudagraph_mode, "name", "")
+    if mode in (PIECEWISE, FULL) and graphs != mode.name.upper():
+        return f"vLLM runs with cudagraph_mode {graphs} instead"
+    return ""
 
 
 def answer(llm: Any, spec: Path, result: Path, eager: bool = False) -> None:
-    """Writes what the engine gives for a job. The file is there when it is whole."""
+    """Writes what the engine gives for a job: of the samples at once, and then all of it, so that
+    an engine that dies later has not answered in vain."""
     job = json.loads(spec.read_text())
     config = llm.llm_engine.vllm_config.model_config
-    meta = {
+    meta: dict[str, Any] = {
         "vllm": vllm_name(),
         "dtype": str(config.dtype).removeprefix("torch."),
         "gpu": on_gpu(),
     }
     arrays: Arrays = {}
-    alone = None
-    if job["probes"]:
+    probing = Probing(llm, flush=on_gpu() and not eager) if job["probes"] else None
+    if probing:
         print(f"{STAGE}asking short requests alone", flush=True)
-        alone = Alone(llm, Prompts(llm), flush=on_gpu() and not eager)
-        alone.ask(probe for probe in media_then_text() if probe.medium is None)
+        probing.before_media()
     print(f"{STAGE}generating", flush=True)
     samples = [Sample(**sample) for sample in job["samples"]]
-    if job["builtin"] and placeholder(config)[0] != "image":
-        samples = [Sample(s.messages, s.prompt) for s in samples]
+    if job["builtin"]:
+        images = limit(config, "image")
+        samples = [Sample(s.messages, s.prompt, s.images[:images]) for s in samples]
     arrays |= answers(llm, samples, job["max_tokens"])
-    if alone:
-        meta["leaks"] = leaks(alone)
-        for number, (probe, served) in enumerate(alone.found.items()):
-            arrays[f"alone_{number}"] = np.array(repr(probe))
-            arrays[f"alone_tokens_{number}"] = served.run.tokens
-            arrays[f"alone_logits_{number}"] = served.run.logits
-        if eager:
-            meta["shares"] = shares(alone, samples, arrays)
     save(result, meta, arrays)
+    if probing:
+        print(f"{STAGE}looking for leaks", flush=True)
+        probing.after_media()
+        meta["leaks"] = probing.leaks
+        for number, (probe, served) in enumerate(probing.alone.found.items()):
+            if served.run:
+                arrays[f"alone_{number}"] = np.array(repr(probe))
+                arrays[f"alone_tokens_{number}"] = served.run.tokens
+                arrays[f"alone_logits_{number}"] = served.run.logits
+        if eager:
+            meta["shares"] = shares(probing.alone, samples, arrays)
+        save(result, meta, arrays)
 
 
 def save(result: Path, meta: dict[str, Any], arrays: Arrays) -> None:
@@ -139,36 +161,71 @@ def image_token_id(config: Any) -> int | None:
     return None
 
 
-def leaks(alone: Alone) -> dict[str, Any]:
-    """`streams` that were served, with their requests; and those `not_run`, with the reason."""
-    modality, config = alone.prompts.modality, alone.llm.llm_engine.vllm_config
-    if not modality:
-        return {"streams": {}, "not_run": {"requests after media": "it takes no images or audio"}}
-    print(f"{STAGE}looking for leaks", flush=True)
-    together = f"{modality}, then text"
-    trickling = f"{modality} beside text, a token a step"
-    found: dict[str, Any] = {"streams": {}, "not_run": {}}
-    try:
-        alone.ask(media_then_text())
-    except ValueError as error:
-        found["not_run"] = {together: f"refused: {error}"}
-        return found
-    longest = max(len(s.prompt) for probe, s in alone.found.items() if probe.medium is not None)
-    captured = max(config.compilation_config.cudagraph_capture_sizes or [0])
-    fits = captured if can_chunk(alone.llm) and captured < longest else 0
-    found["streams"][together] = alone.in_stream(media_then_text(), fits)
-    if not on_gpu():
-        found["not_run"][trickling] = "needs CUDA graphs, and so a GPU"
-    elif not can_chunk(alone.llm):
-        found["not_run"][trickling] = "needs chunked prefill, and VLLM_ENABLE_V1_MULTIPROCESSING=0"
-    elif longest > LONGEST:
-        found["not_run"][trickling] = f"an {modality} takes {longest} tokens"
-    else:
+class Probing:
+    """Streams of short requests, and what each of them gets alone."""
+
+    def __init__(self, llm: Any, flush: bool):
+        self.prompts = Prompts(llm)
+        self.alone = Alone(llm, self.prompts, flush)
+        self.leaks: dict[str, Any] = {"streams": {}, "not_run": {}}
+        self.modality = self.prompts.modality
+        self.together = f"{self.modality or 'media'}, then text"
+        self.trickling = f"{self.modality} beside text, a token a step"
+
+    def before_media(self) -> None:
+        """What text gets alone; and in the same company, in which nobody has a medium."""
+        stream = media_then_text()
+        text = [p for p in [*stream, *media_in_pieces(1)] if p.medium is None]
+        without = [replace(p, medium=None, words=p.words + 20) for p in stream]
         try:
-            found["streams"][trickling] = alone.in_stream(media_in_pieces(longest), 1)
-        except ValueError as error:
-            found["not_run"][trickling] = f"refused: {error}"
-    return found
+            self.alone.ask(text)
+            self.leaks["streams"][TEXT_ALONE] = self.alone.in_stream(without, 0)
+        except RefusedError as error:
+            self.leaks["not_run"][TEXT_ALONE] = f"refused: {error}"
+
+    def after_media(self) -> None:
+        reason = ""
+        if not self.modality:
+            reason = "the model takes no images or audio"
+        elif not self.prompts.placeholder:
+            reason = f"what stands for {self.modality} in a prompt is not known"
+        if reason:
+            self.leaks["not_run"][self.together] = reason
+            return
+        alone, name = self.alone, self.modality
+        try:
+            alone.ask(media_then_text())
+            longest = max(len(s.prompt) for p, s in alone.found.items() if p.medium is not None)
+            config = alone.llm.llm_engine.vllm_config.compilation_config
+            captured = max(config.cudagraph_capture_sizes or [0])
+            fits = captured // 5 if can_chunk(alone.llm) and captured < 5 * longest else 0
+            self.leaks["streams"][self.together] = alone.in_stream(media_then_text(), fits)
+            if 0 < captured < longest:
+                self.leaks["not_run"][f"graphs replayed with a whole {name}"] = (
+                    f"it takes {longest} tokens, and graphs are captured for {captured}"
+                )
+            self._in_pieces()
+        except RefusedError as error:
+            self.leaks["not_run"].setdefault(self.together, f"refused: {error}")
+
+    def _in_pieces(self) -> None:
+        alone = self.alone
+        if not can_chunk(alone.llm):
+            self.leaks["not_run"][self.trickling] = (
+                "needs chunked prefill that may cut media, and VLLM_ENABLE_V1_MULTIPROCESSING=0"
+            )
+            return
+        media = [probe for probe in media_in_pieces(1) if probe.medium is not None]
+        alone.ask(media)
+        longest = max(len(alone.found[probe].prompt) for probe in media)
+        if longest > LONGEST:
+            self.leaks["not_run"][self.trickling] = f"a prompt takes {longest} tokens"
+            return
+        stream = media_in_pieces(longest)
+        try:
+            self.leaks["streams"][self.trickling] = alone.in_stream(stream, 1)
+        except RefusedError as error:
+            self.leaks["not_run"][self.trickling] = f"refused: {error}"
 
 
 def shares(alone: Alone, samples: list[Sample], arrays: Arrays) -> dict[str, Any]:
@@ -181,7 +238,7 @@ def shares(alone: Alone, samples: list[Sample], arrays: Arrays) -> dict[str, Any
         return found
     print(f"{STAGE}generating without the {modality or 'image'}s", flush=True)
 
-    def largest(opened: Any, prompts: Prompts) -> float:
+    def largest(opened: Any, prompts: Prompts) -> float | None:
         llm.reset_prefix_cache()
         moved = []
         if seen:
@@ -192,15 +249,14 @@ def shares(alone: Alone, samples: list[Sample], arrays: Arrays) -> dict[str, Any
         for probe, served in alone.found.items():
             if probe.medium is not None and not seen:
                 (other,) = step_through(llm, [joining(replace(probe, max_tokens=1), prompts)])
-                if isinstance(other, ValueError):
-                    raise other
-                moved.append(apart(other.run.logits, served.run.logits))
-        return max(moved)
+                if isinstance(other, Served) and other.run and served.run:
+                    moved.append(apart(other.run.logits, served.run.logits))
+        return max(moved, default=None)
 
     found["blank"] = largest(open_blank, Prompts(llm, blank=True))
     if any(llm.apply_model(without_levels)):
-        found["levels"] = largest(open_image, alone.prompts)
-        llm.apply_model(with_levels)
+        moved = largest(open_image, alone.prompts)
+        found["levels"] = moved if all(llm.apply_model(with_levels)) else None
     return found
 
 
@@ -221,13 +277,18 @@ def without_levels(model: Any) -> int:
 def zeros(getter: Any, *given: Any, **named: Any) -> Any:
     levels = getter(*given, **named)
     if hasattr(levels, "tensors"):
-        levels = type(levels)({name: 0 * level for name, level in levels.tensors.items()})
+        return type(levels)({name: 0 * level for name, level in levels.tensors.items()})
+    if levels is not None:
+        getter.__self__.__dict__[UNKNOWN] = True
     return levels
 
 
-def with_levels(model: Any) -> None:
-    for module in model.modules():
+def with_levels(model: Any) -> bool:
+    """Undoes it. Returns whether there were zeros wherever there are levels."""
+    modules = list(model.modules())
+    for module in modules:
         module.__dict__.pop(GETTER, None)
+    return not any(module.__dict__.pop(UNKNOWN, False) for module in modules)
 
 
 if __name__ == "__main__":

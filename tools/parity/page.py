@@ -45,6 +45,11 @@ def page(one: Report) -> str:
     )
     body.append(table(one))
     body += [f"<p>{escape(text)}</p>" for text in about_shares(one)]
+    for arm in one["arms"]:
+        if arm["reason"]:
+            body.append(
+                f"<h3>{escape(arm['mode'])}</h3><pre>{escape(printable(arm['reason']))}</pre>"
+            )
     if any(arm["samples"] for arm in one["arms"]):
         body.append("<h2>Does it compute the same?</h2>")
         body.append("<p>Largest |Δlogit| to eager at each token; a line is a sample.</p>")
@@ -66,6 +71,10 @@ def page(one: Report) -> str:
     return (
         f"<!doctype html>\n<html lang=en><head>{head}</head>\n<body>{''.join(body)}</body></html>\n"
     )
+
+
+def printable(text: str) -> str:
+    return "".join(c for c in text if c.isprintable() or c == "\n")
 
 
 def table(one: Report) -> str:

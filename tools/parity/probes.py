@@ -11,7 +11,7 @@ from PIL import Image
 
 from .compare import compare
 from .samples import drawing
-from .stepping import Joining, Served, budget, chunks, step_through
+from .stepping import Joining, RefusedError, Served, budget, chunks, step_through
 
 IDLE = 10**6
 """Steps: more than any request takes, so that it joins when all have ended."""
@@ -36,6 +36,7 @@ class Probe:
     medium: int | None = None
     max_tokens: int = 1
     joins_after: int = field(default=IDLE, compare=False)
+    judged: bool = True
 
 
 class Prompts:
@@ -58,20 +59,30 @@ class Prompts:
 
 
 def placeholder(config: Any) -> tuple[str, str]:
-    """A modality that probes can have, and what stands for it in a prompt; nothing if none can."""
+    """A modality that probes can have, and what stands for it in a prompt, if the model says so."""
     if not config.is_multimodal_model:
         return "", ""
     from vllm.model_executor.model_loader.utils import get_model_cls
 
     cls: Any = get_model_cls(config)
     for modality in MEDIA:
-        try:
-            text = cls.get_placeholder_str(modality, 1)
-        except (AttributeError, ValueError):  # it takes no such medium
-            continue
-        if text and config.multimodal_config.get_limit_per_prompt(modality):
-            return modality, text
+        if limit(config, modality):
+            try:
+                return modality, cls.get_placeholder_str(modality, 1) or ""
+            except (AttributeError, ValueError):
+                return modality, ""
     return "", ""
+
+
+def limit(config: Any, modality: str) -> int:
+    """How many of a modality a prompt may have."""
+    if not config.is_multimodal_model:
+        return 0
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    info: Any = MULTIMODAL_REGISTRY.get_processing_info(config)
+    allowed: int = info.allowed_mm_limits.get(modality, 0)
+    return allowed
 
 
 def picture(seed: int, blank: bool) -> Image.Image:
@@ -112,13 +123,14 @@ def media_then_text(groups: int = 8) -> list[Probe]:
 
 
 def media_in_pieces(tokens: int, events: int = 4) -> list[Probe]:
-    """For steps that have one token of a prompt: beside a text that decodes, a medium of so many
-    tokens, and another text."""
+    """For steps that have one token of a prompt: beside a text that decodes, a prompt of so many
+    tokens that has a medium; and then another text, in the row that it has left."""
     stream: list[Probe] = []
     for number in range(events):
-        stream.append(Probe(5, 20, max_tokens=tokens + 24))
-        stream.append(Probe(3, number, number, 3, OVERLAPPING))
-        stream.append(Probe(4, 40 + number, max_tokens=6, joins_after=OVERLAPPING * (number % 2)))
+        stream.append(Probe(5, 20, max_tokens=tokens + 40, judged=False))
+        stream.append(Probe(3, number, 2 * number, 3, OVERLAPPING))
+        waits = OVERLAPPING if number % 2 else tokens + 10
+        stream.append(Probe(4, 40 + number, max_tokens=6, joins_after=waits))
     return stream
 
 
@@ -135,15 +147,15 @@ class Alone:
     def ask(self, probes: Iterable[Probe]) -> None:
         """
         Raises:
-            ValueError: the engine refuses one.
+            RefusedError: the engine refuses one.
         """
-        for probe in dict.fromkeys(probes):
+        for probe in dict.fromkeys(probe for probe in probes if probe.judged):
             if probe not in self.found:
                 if probe.medium is not None and self.flush:
                     self._flush()
                 self.llm.reset_prefix_cache()
                 (served,) = step_through(self.llm, [joining(probe, self.prompts)])
-                if isinstance(served, ValueError):
+                if isinstance(served, RefusedError):
                     raise served
                 self.found[probe] = served
 
@@ -152,26 +164,32 @@ class Alone:
         Python, which ends what the medium before left."""
         config = self.llm.llm_engine.vllm_config
         words = min(budget(self.llm), config.model_config.max_model_len - 1)
-        step_through(self.llm, [joining(Probe(words, 0), self.prompts)])
+        step_through(self.llm, [joining(Probe(words, 0, judged=False), self.prompts)])
 
     def in_stream(self, stream: list[Probe], tokens: int) -> list[dict[str, Any]]:
         """How far each request of a stream is from the same request alone, with at most so many
-        tokens of a prompt a step (0: as the engine has it)."""
+        tokens of a prompt a step (0: as the engine has it).
+
+        Raises:
+            RefusedError: the engine refuses one.
+        """
         self.ask(stream)
         self.llm.reset_prefix_cache()
         with chunks(self.llm, tokens):
             served = step_through(self.llm, [joining(probe, self.prompts) for probe in stream])
         rows = []
         for probe, each in zip(stream, served):
-            if isinstance(each, ValueError):
+            if isinstance(each, RefusedError):
                 raise each
-            difference = compare(each.run, self.found[probe].run)
-            kind = "text" if probe.medium is None else self.prompts.modality
-            rows.append(
-                {"kind": kind, "joined": each.joined, "ended": each.ended} | asdict(difference)
-            )
+            row: dict[str, Any] = {
+                "kind": "text" if probe.medium is None else self.prompts.modality
+            }
+            row |= {"joined": each.joined, "ended": each.ended, "difference": None}
+            if each.run and (alone := self.found[probe].run):
+                row["difference"] = asdict(compare(each.run, alone))
+            rows.append(row)
         return rows
 
 
 def joining(probe: Probe, prompts: Prompts) -> Joining:
-    return Joining(lambda: prompts(probe), probe.max_tokens, probe.joins_after)
+    return Joining(lambda: prompts(probe), probe.max_tokens, probe.joins_after, probe.judged)

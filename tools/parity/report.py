@@ -16,7 +16,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from .. import cli
-from ..cli import UserError
 from ..engines import EngineError
 from .compare import compare, tolerance
 from .run import Result
@@ -25,6 +24,8 @@ Report = dict[str, Any]
 SCHEMA = 2
 """Of a report: docs/schemas/check.json. Another number when a field changes its meaning."""
 WRONG = ("leaks", "diverges")
+TEXT_ALONE = "text alone"
+"""The stream in which nobody has a medium."""
 SHOWN = 5  # leaks of a mode, in the terminal
 STYLES = {"agrees": "green", "diverges": "bold red", "leaks": "bold red", "failed": "bold red"}
 
@@ -37,17 +38,16 @@ def report(
     limit: float | None = None,
 ) -> Report:
     """Compares the engines in other modes with the eager one, and with Transformers if there is a
-    `reference`. `limit`: the largest |Δlogit| that is agreement (default: by dtype and logits).
-
-    Raises:
-        UserError: the engines were not given the same tokens.
-    """
+    `reference`. `limit`: the largest |Δlogit| that is agreement (default: by dtype and logits)."""
     runs = [*eager.runs, *eager.alone.values()]
     limit = tolerance(eager.meta["dtype"], runs) if limit is None else limit
     samples = [
         {"prompt_tokens": len(prompt), "images": images, "image_tokens": tokens}
         for prompt, images, tokens in zip(eager.prompts, eager.images, eager.image_tokens)
     ]
+    unknown = [] if reference is None else other_tokens("Transformers", eager, reference)
+    if unknown:
+        reference = None
     found = [arm("eager", eager, eager, reference, limit)]
     found += [arm(mode, eager, result, reference, limit) for mode, result in arms.items()]
     floor = [
@@ -57,6 +57,7 @@ def report(
         if not sample["images"]
     ]
     shares = eager.meta.get("shares")
+    unknown += unanswered(found, shares, eager.meta.get("gpu"), limit)
     return {
         "schema": SCHEMA,
         "model": model,
@@ -69,7 +70,7 @@ def report(
         "samples": samples,
         "arms": found,
         "shares": shares,
-        "unanswered": unanswered(found, shares, eager.meta.get("gpu")),
+        "unanswered": unknown,
         "verdict": verdict(found, shares, limit),
     }
 
@@ -84,46 +85,51 @@ def arm(
         return given | {"verdict": "failed", "reason": str(result)}
     if "missing" in result.meta:
         return given | {"verdict": "not run", "reason": result.meta["missing"]}
-    given["seconds"] = round(result.seconds, 1)
+    if others := other_tokens(mode, eager, result):
+        return given | {"verdict": "failed", "reason": others[0]}
+    given["seconds"], given["reason"] = round(result.seconds, 1), result.error
     if result is not eager:
-        same_tokens(mode, eager, result)
         given["samples"] = [
             agreement(compare(theirs, ours), limit) for theirs, ours in zip(eager.runs, result.runs)
         ]
-        given["alone"] = together(
-            [compare(eager.alone[name], run).largest for name, run in result.alone.items()], limit
-        )
+        both = [
+            (eager.alone[name], run) for name, run in result.alone.items() if name in eager.alone
+        ]
+        given["alone"] = together([finite(compare(*pair).largest) for pair in both], limit)
     if reference is not None:
-        same_tokens("Transformers", eager, reference)
         given["to_transformers"] = [
             agreement(compare(theirs, ours), limit)
             for theirs, ours in zip(reference.runs, result.runs)
         ]
     if leaks := result.meta.get("leaks"):
-        given["leaks"] = {
-            "streams": [
-                {"name": name, "requests": changes(rows, limit)}
-                for name, rows in leaks["streams"].items()
-            ],
-            "not_run": [{"name": n, "reason": r} for n, r in leaks["not_run"].items()],
-        }
+        given["leaks"] = leaks_of(leaks, limit)
     differ = sum(not sample["agrees"] for sample in given["samples"])
     differ += given["alone"]["differ"] if given["alone"] else 0
     given["verdict"] = "leaks" if leaked(given) else "diverges" if differ else "agrees"
+    if result.error and given["verdict"] == "agrees":
+        given["verdict"] = "failed"
     return given
 
 
-def same_tokens(name: str, eager: Result, other: Result) -> None:
-    for i, (ours, theirs) in enumerate(zip(eager.prompts, other.prompts, strict=True)):
-        if not np.array_equal(ours, theirs):
-            raise UserError(
-                f"sample {i + 1}: {name} was given other tokens than eager: "
-                f"{len(theirs)} and {len(ours)} of them"
-            )
+def other_tokens(name: str, eager: Result, other: Result) -> list[str]:
+    """How an engine was given other samples than eager."""
+    return [
+        f"sample {i + 1}: {name} was given other tokens than eager: {len(theirs)} and {len(ours)}"
+        for i, (ours, theirs) in enumerate(zip(eager.prompts, other.prompts, strict=True))
+        if not np.array_equal(ours, theirs)
+    ]
+
+
+def finite(value: float) -> float:
+    """JSON has no infinity."""
+    return min(value, sys.float_info.max)
 
 
 def agreement(difference: Any, limit: float) -> dict[str, Any]:
-    return asdict(difference) | {"agrees": difference.largest <= limit}
+    found = asdict(difference) | {"agrees": difference.largest <= limit}
+    for name in ("first", "decode", "kl"):
+        found[name] = None if found[name] is None else finite(found[name])
+    return found | {"by_step": [finite(step) for step in found["by_step"]]}
 
 
 def together(moved: list[float], limit: float) -> dict[str, Any] | None:
@@ -133,17 +139,37 @@ def together(moved: list[float], limit: float) -> dict[str, Any] | None:
     return {"requests": len(moved), "differ": differ, "largest": max(moved)}
 
 
+def leaks_of(leaks: Mapping[str, Any], limit: float) -> dict[str, Any]:
+    """What changed in an engine's streams. The company of text alone moves logits, too: other
+    kernels for other batches, other scales of a quantized step. A leak is twice that."""
+    alone = leaks["streams"].get(TEXT_ALONE, [])
+    floor = max((largest(row["difference"]) for row in alone if row["difference"]), default=0.0)
+    streams = {name: rows for name, rows in leaks["streams"].items() if name != TEXT_ALONE}
+    limit = max(limit, 2 * floor)
+    return {
+        "floor": finite(floor),
+        "streams": [
+            {"name": name, "requests": changes(rows, limit)} for name, rows in streams.items()
+        ],
+        "not_run": [{"name": n, "reason": r} for n, r in leaks["not_run"].items()],
+    }
+
+
 def changes(rows: list[dict[str, Any]], limit: float) -> list[dict[str, Any]]:
-    """Of a stream's requests, in the order in which they joined: whether each changed, and after
-    or beside which one: the last that had media, or else the last."""
+    """Of a stream's requests, in the order in which they joined: whether each changed; of text,
+    after or beside which one: the last that had media."""
     found = []
     for number, row in enumerate(rows):
-        before = [i for i in range(number) if rows[i]["kind"] != "text"] or [*range(number)]
-        cause = before[-1] if before else None
-        apart = cause is None or rows[cause]["ended"] < row["joined"]
-        entry = {"kind": row["kind"], "changed": largest(row) > limit, "largest": largest(row)}
-        entry |= {"by_step": row["by_step"], "joined": row["joined"], "ended": row["ended"]}
-        found.append(entry | {"cause": cause, "how": "after" if apart else "beside"})
+        media = [i for i in range(number) if rows[i]["kind"] != "text"]
+        cause = media[-1] if media and row["kind"] == "text" else None
+        ended = cause is not None and rows[cause]["ended"] < row["joined"]
+        moved = row["difference"]
+        by_step = [finite(step) for step in moved["by_step"]] if moved else []
+        most = finite(largest(moved)) if moved else None
+        entry = {"kind": row["kind"], "changed": most is not None and most > limit}
+        entry |= {"largest": most, "by_step": by_step}
+        entry |= {"joined": row["joined"], "ended": row["ended"], "cause": cause}
+        found.append(entry | {"how": "after" if ended else "beside"})
     return found
 
 
@@ -152,7 +178,9 @@ def largest(difference: Mapping[str, Any]) -> float:
 
 
 def requests(arm: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [r for s in (arm["leaks"] or {"streams": []})["streams"] for r in s["requests"]]
+    """Those that were compared with themselves alone."""
+    streams = (arm["leaks"] or {"streams": []})["streams"]
+    return [r for s in streams for r in s["requests"] if r["largest"] is not None]
 
 
 def leaked(arm: Mapping[str, Any]) -> int:
@@ -166,16 +194,26 @@ def sentences(arm: Mapping[str, Any]) -> list[str]:
         for at, one in enumerate(stream["requests"]):
             if one["changed"]:
                 text = f"request {at + 1} ({one['kind']}) changed by {number(one['largest'])}"
-                if (cause := one["cause"]) is not None:
+                if (cause := one["cause"]) is None:
+                    text += " in the company of others"
+                else:
                     kind = stream["requests"][cause]["kind"]
                     text += f" {one['how']} request {cause + 1} ({kind})"
-                found.append((one["largest"], f"{stream['name']}: {text}"))
-    return [text for _, text in sorted(found, key=lambda each: -each[0])]
+                found.append((one["kind"] != "text", -one["largest"], f"{stream['name']}: {text}"))
+    return [text for *_, text in sorted(found)]
 
 
-def blind(shares: Mapping[str, Any] | None, limit: float) -> bool:
-    """Whether the media do not count, so that nothing about them can be seen."""
-    return bool(shares and shares["blank"] is not None and shares["blank"] <= limit)
+def blind(shares: Mapping[str, Any] | None, limit: float) -> list[str]:
+    """What does not count, so that nothing about it can be seen."""
+    if not shares or shares["blank"] is None:
+        return []
+    kind = shares["modality"] or "image"
+    named = {f"blank {kind}s": shares["blank"], "missing DeepStack levels": shares["levels"]}
+    return [
+        f"{name} change logits by {number(moved)} only: the check could not have seen them"
+        for name, moved in named.items()
+        if moved is not None and moved <= limit
+    ]
 
 
 def verdict(arms: list[dict[str, Any]], shares: Mapping[str, Any] | None, limit: float) -> str:
@@ -188,13 +226,21 @@ def verdict(arms: list[dict[str, Any]], shares: Mapping[str, Any] | None, limit:
 
 
 def unanswered(
-    arms: list[dict[str, Any]], shares: Mapping[str, Any] | None, gpu: bool | None
+    arms: list[dict[str, Any]],
+    shares: Mapping[str, Any] | None,
+    gpu: bool | None,
+    limit: float,
 ) -> list[str]:
     found = [f"mode {a['mode']}: {a['reason']}" for a in arms if a["verdict"] == "not run"]
     found += [f"mode {a['mode']}: failed" for a in arms if a["verdict"] == "failed"]
-    # On a CPU, those that need graphs are named once, at the end.
-    streams = [each for a in arms if a["leaks"] and gpu for each in a["leaks"]["not_run"]]
+    streams = [each for a in arms if a["leaks"] for each in a["leaks"]["not_run"]]
     found += dict.fromkeys(f"leaks, {each['name']}: {each['reason']}" for each in streams)
+    found += [
+        f"leaks below {number(2 * a['leaks']['floor'])} in mode {a['mode']}: text alone moves text "
+        f"by {number(a['leaks']['floor'])}"
+        for a in arms
+        if a["leaks"] and 2 * a["leaks"]["floor"] > limit
+    ]
     if gpu is False:
         found.append("what replayed CUDA graphs compute, and what leaks from them: needs a GPU")
     if shares and shares["blank"] is None:
@@ -297,7 +343,7 @@ def show(reports: list[Report], console: Console) -> None:
         for text in one["unanswered"]:
             line(f"  not asked: {escape(text)}")
         for each in one["arms"]:
-            if each["verdict"] == "failed":
+            if each["reason"] and each["verdict"] != "not run":
                 line(f"  {each['mode']}: {escape(each['reason'])}")
         style = STYLES.get(one["verdict"], "bold yellow")
         line(f"vLLM {one['vllm']}: [{style}]{summary(one)}[/]{noise(one)}")
@@ -308,13 +354,10 @@ def about_shares(one: Report) -> list[str]:
     if not shares or shares["blank"] is None:
         return []
     kind = shares["modality"] or "image"
-    if blind(shares, one["tolerance"]):
-        moved = number(shares["blank"])
-        return [f"blank {kind}s change logits by {moved} only: the check could not have seen them"]
     found = [f"without the {kind}s' content, logits change by {number(shares['blank'])}"]
     if shares["levels"] is not None:
         found.append(f"without DeepStack's levels, by {number(shares['levels'])}")
-    return found
+    return found + blind(shares, one["tolerance"])
 
 
 def summary(one: Report) -> str:
@@ -324,8 +367,10 @@ def summary(one: Report) -> str:
     }
     if one["verdict"] == "agrees":
         ran = [mode for mode in counts["agrees"] if mode != "eager"]
-        leaks = ", nothing leaks" if any(requests(each) for each in one["arms"]) else ""
-        return f"agrees ({', '.join(ran)}){leaks}"
+        asked = [each for each in one["arms"] if requests(each)]
+        whole = one["gpu"] and not any(each["leaks"]["not_run"] for each in asked)
+        leaks = "nothing leaks" if whole else "nothing leaks in what was asked"
+        return f"agrees ({', '.join(ran)})" + (f", {leaks}" if asked else "")
     if one["verdict"] == "unknown":
         return "cannot tell"
     said = [f"{state} ({', '.join(counts[state])})" for state in WRONG if counts[state]]

@@ -33,6 +33,8 @@ class Result:
     """What its short requests got alone, if it was asked for leaks."""
     seconds: float = 0.0
     """Of its process."""
+    error: str = ""
+    """How it failed after that."""
 
     @classmethod
     def load(cls, file: Path) -> Result:
@@ -134,6 +136,9 @@ def outcomes(
                         stage = job.stage()
                     except EngineError as error:
                         stage, found[job] = "failed", error
+                        if job.result.exists():  # it had answered the samples
+                            found[job] = result = Result.load(job.result)
+                            result.error = str(error)
                     if stage != running[job] and not live:
                         console.print(f"{job.name}: {stage}", highlight=False)
                     running[job] = stage

@@ -12,6 +12,10 @@ import numpy as np
 from .compare import Run
 
 
+class RefusedError(ValueError):
+    """The engine does not take a request."""
+
+
 @dataclass(frozen=True)
 class Joining:
     """A request, and when it joins."""
@@ -21,13 +25,16 @@ class Joining:
     max_tokens: int
     joins_after: int
     """Steps after the request before it joined; at once where none is in flight."""
+    judged: bool = True
+    """Whether its logits are kept: of a large vocabulary they are 20 MB a token."""
 
 
 @dataclass(frozen=True)
 class Served:
     """What a request got."""
 
-    run: Run
+    run: Run | None
+    """None if it is not judged."""
     prompt: list[int]
     """Its tokens."""
     joined: int
@@ -35,16 +42,16 @@ class Served:
     ended: int
 
 
-def sampling(max_tokens: int) -> Any:
-    """Greedy, with raw logits of the whole vocabulary, which `logits` reads."""
+def sampling(max_tokens: int, judged: bool = True) -> Any:
+    """Greedy; if judged, with raw logits of the whole vocabulary, which `logits` reads."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
         temperature=0,
         max_tokens=max_tokens,
-        logprobs=-1,
-        flat_logprobs=True,
+        logprobs=-1 if judged else None,
+        flat_logprobs=judged,
         ignore_eos=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
@@ -65,12 +72,12 @@ def budget(llm: Any) -> int:
     return llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
 
 
-def step_through(llm: Any, requests: list[Joining]) -> list[Served | ValueError]:
-    """What each request got; the error, if the engine refused it."""
+def step_through(llm: Any, requests: list[Joining]) -> list[Served | RefusedError]:
+    """What each request got, or why it was refused."""
     engine = llm.llm_engine
     vocabulary = engine.vllm_config.model_config.get_vocab_size()
     waiting = list(enumerate(requests))[::-1]
-    done: dict[int, Served | ValueError] = {}
+    done: dict[int, Served | RefusedError] = {}
     joined: dict[int, int] = {}
     step = last = 0
     while waiting or engine.has_unfinished_requests():
@@ -78,15 +85,18 @@ def step_through(llm: Any, requests: list[Joining]) -> list[Served | ValueError]
             step - last >= waiting[-1][1].joins_after or not engine.has_unfinished_requests()
         ):
             number, request = waiting.pop()
+            asked = sampling(request.max_tokens, request.judged)
             try:
-                engine.add_request(str(number), request.prompt(), sampling(request.max_tokens))
-            except ValueError as error:
-                done[number] = error
+                engine.add_request(str(number), request.prompt(), asked)
+            except Exception as error:  # which ones, differs from release to release
+                done[number] = RefusedError(f"{type(error).__name__}: {error}")
             joined[number] = last = step
         for output in engine.step():
             if output.finished:
                 number, tokens = int(output.request_id), output.outputs[0]
-                run = Run(np.array(tokens.token_ids), logits(tokens.logprobs, vocabulary))
+                run = None
+                if requests[number].judged:
+                    run = Run(np.array(tokens.token_ids), logits(tokens.logprobs, vocabulary))
                 prompt = list(output.prompt_token_ids or [])
                 done[number] = Served(run, prompt, joined[number], step)
         step += 1
@@ -94,10 +104,11 @@ def step_through(llm: Any, requests: list[Joining]) -> list[Served | ValueError]
 
 
 def can_chunk(llm: Any) -> bool:
-    """Whether `chunks` works: the scheduler runs in this process, and may cut prompts."""
+    """Whether `chunks` works: the scheduler runs in this process, and may cut prompts and media."""
     core = getattr(llm.llm_engine.engine_core, "engine_core", None)
     scheduling = llm.llm_engine.vllm_config.scheduler_config
-    return hasattr(core, "scheduler") and bool(scheduling.enable_chunked_prefill)
+    cuts = scheduling.enable_chunked_prefill and not scheduling.disable_chunked_mm_input
+    return hasattr(core, "scheduler") and bool(cuts)
 
 
 @contextmanager

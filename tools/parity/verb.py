@@ -26,13 +26,7 @@ examples:
   vllm-deepstack check --model MODEL --modes default breakable batch-invariant --html check.html
   vllm-deepstack check --model MODEL --samples prompts.jsonl --json report.json"""
 # What the check itself decides; given to an engine they would undo it.
-OWN = (
-    "--enforce-eager",
-    "--no-enforce-eager",
-    "--logprobs-mode",
-    "--max-logprobs",
-    "--max_logprobs",
-)
+OWN = ("--enforce-eager", "--no-enforce-eager", "--logprobs-mode", "--max-logprobs")
 NAMES = [mode.name for mode in MODES]
 GRAPHS = {PIECEWISE.name, FULL.name}  # they are a compilation config
 
@@ -99,7 +93,9 @@ def add(verbs: Any) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     for option in args.options:
-        if option.split("=")[0] in OWN:
+        # vLLM takes `_` for `-`, and the beginning of a name for the name.
+        name = option.split("=")[0].replace("_", "-")
+        if name.startswith("--") and any(own.startswith(name) for own in OWN):
             args.parser.error(f"{option}: the check sets this itself")
         if GRAPHS & set(args.modes) and re.match(r"(-O|-cc|--compilation[-_]config)\b", option):
             args.parser.error(f"{option}: --modes piecewise and full set this themselves")
