@@ -1,0 +1,4 @@
+from .deepstack import DeepStackMixin
+
+
+class Qwen3VLForConditionalGeneration(DeepStackMixin): ...

@@ -1,0 +1,70 @@
+"""Pull requests for a release, each an overlay of its own.
+
+upstream/0.33.0/1-clear-deepstack/vllm/…    overlay files, at vLLM's paths
+                7-mixin/vllm/…              builds on 1
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.version import Version
+
+from tools.overlay.merge import added, merge
+
+HERE = Path(__file__).parent
+# What a new file of vLLM's begins with, and one of an overlay need not.
+LICENSE = (
+    b"# SPDX-License-Identifier: Apache-2.0\n"
+    b"# SPDX-FileCopyrightText: Copyright contributors to the vLLM project\n"
+)
+
+
+@dataclass(frozen=True)
+class Pull:
+    """A pull request."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def overlay(self) -> dict[str, bytes]:
+        """Its files by path."""
+        files = sorted(self.folder.rglob("*.py"))
+        return {file.relative_to(self.folder).as_posix(): file.read_bytes() for file in files}
+
+    def changes(self, before: Mapping[str, bytes], release: Version) -> dict[str, bytes]:
+        """Its files, merged into those of vLLM.
+
+        Raises:
+            UserError: a definition or a statement that it names is not there.
+        """
+        overlay = self.overlay
+        return {
+            path: merge(ours, before[path], path=path, release=release, overlay=overlay)
+            if path in before
+            else LICENSE + added(ours, path=path, release=release)
+            for path, ours in overlay.items()
+        }
+
+
+def pulls(release: Version) -> list[Pull]:
+    """Those for a release, in the order in which they are sent."""
+    return [Pull(folder) for folder in sorted((HERE / str(release)).glob("[0-9]*-*"))]
+
+
+def lines(before: Mapping[str, bytes], after: Mapping[str, bytes]) -> tuple[int, int]:
+    """How many a change adds, and how many it removes."""
+    plus = minus = 0
+    for path, new in after.items():
+        old = before.get(path, b"").decode().splitlines()
+        for line in difflib.unified_diff(old, new.decode().splitlines(), n=0, lineterm=""):
+            plus += line.startswith("+") and not line.startswith("+++")
+            minus += line.startswith("-") and not line.startswith("---")
+    return plus, minus
