@@ -16,8 +16,9 @@ import pytest
 
 from tests.conftest import PR43617
 from tools import ROOT, __version__, releases
+from tools.overlay import STATE
 from tools.overlay.defects import MODELS
-from tools.overlay.tree import STATE, Tree
+from tools.overlay.tree import Tree
 
 QWEN3_VL = f"{MODELS}/qwen3_vl.py"
 NEWEST = str(max(releases.releases()))

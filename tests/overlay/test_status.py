@@ -17,10 +17,10 @@ from packaging.version import Version
 from tests.conftest import PR43617
 from tools import releases
 from tools.__main__ import main
-from tools.overlay import verdict
+from tools.overlay import STATE, verdict
 from tools.overlay.defects import DEFECTS, KINDS, MODELS
 from tools.overlay.status import Status, status
-from tools.overlay.tree import STATE, Tree
+from tools.overlay.tree import Tree
 
 from . import table
 from .table import statuses

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 
 from tools import releases
 from tools.__main__ import main
-from tools.overlay import transaction
-from tools.overlay.tree import STATE, Tree
+from tools.overlay import STATE, transaction
+from tools.overlay.tree import Tree
 
 from .faults import MODELS, OTHER_USER, content, give_away, overlays, owners
 

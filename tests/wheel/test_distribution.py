@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tools import ROOT, package_index, releases
-from tools.overlay.tree import STATE
+from tools.overlay import STATE
 
 from .test_wheel import run, uv
 

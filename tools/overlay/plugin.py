@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import ROOT, __version__
+from . import OFF, STATE, is_off
 from .compile_cache import cache_root
 
 logger = logging.getLogger("vllm.deepstack")  # below `vllm`, for which vLLM sets up handlers
-OFF = "DEEPSTACK_DISABLE"
 # What else a newer release is judged by.
 READ_TOO = (
     "vllm/v1/worker/gpu_model_runner.py",
@@ -76,7 +76,7 @@ class Finder(MetaPathFinder):
 def install() -> tuple[int, str]:
     """Puts the finder in place, all files or none. Returns what `register` logs: level, text."""
     try:
-        if os.environ.get(OFF, "").lower() in ("1", "true"):
+        if is_off():
             return logging.INFO, f"{OFF}={os.environ[OFF]}: vLLM runs as released"
         root = vllm_root()
         level, text, files = look_up(root)
@@ -142,7 +142,7 @@ def fingerprint(root: Path) -> str:
     here = Path(__file__).parent
     files = sorted([*here.glob("*.py"), *here.parent.glob("*.py")])
     files += [ROOT / "requirements" / "releases.json", *(ROOT / path for path in ours)]
-    files += [root / "vllm" / "_version.py", root / ".vllm-deepstack" / "manifest.json"]
+    files += [root / "vllm" / "_version.py", root / STATE / "manifest.json"]
     files += [root / path for path in (*map(str, ours), *READ_TOO)]
     hashed = hashlib.sha256(f"{__version__} {root}".encode())
     for file in files:

@@ -25,8 +25,8 @@ from itertools import groupby
 from pathlib import Path
 
 from ..cli import UserError
+from . import STATE
 
-STATE = ".vllm-deepstack"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 RECORD = re.compile(r"vllm[\w.+-]*\.dist-info/RECORD")
 SHA256 = re.compile(r"[0-9a-f]{64}")

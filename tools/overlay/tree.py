@@ -14,10 +14,10 @@ from packaging.version import InvalidVersion, Version
 
 from .. import ROOT, releases
 from ..cli import UserError, uncollected
-from . import record
+from . import STATE, record
 from .merge import added, is_needed, merge, parsed, replaced
 from .splice import comparable
-from .transaction import STATE, Files, Transaction, locked
+from .transaction import Files, Transaction, locked
 
 OVERLAY = ROOT
 

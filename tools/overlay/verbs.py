@@ -21,7 +21,7 @@ from packaging.version import Version
 
 from .. import __version__, cli, releases
 from ..cli import UserError
-from . import PLUGIN
+from . import OFF, PLUGIN, is_off
 from .defects import KINDS, MODELS
 from .status import SCHEMA, UNKNOWN, status
 from .tree import OVERLAY, Tree, overlay_files
@@ -159,8 +159,8 @@ def plugin_says(root: Path, distribution: Distribution) -> tuple[str, dict[str, 
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and PLUGIN not in allowed.split(","):
         return f"{name} does not run: VLLM_PLUGINS={allowed} leaves {PLUGIN} out", {}
-    if os.environ.get("DEEPSTACK_DISABLE", "").lower() in ("1", "true"):
-        return f"{name} does not run: DEEPSTACK_DISABLE={os.environ['DEEPSTACK_DISABLE']}", {}
+    if is_off():
+        return f"{name} does not run: {OFF}={os.environ[OFF]}", {}
     if distribution.version != __version__:
         return f"{name} is there; this is {__version__}, and cannot tell what it does", {}
     found = verdict(root)
