@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from PIL import Image
 
 from ..engines import STAGE, make_engine, vllm_name
 from .compare import Run, compare
+from .levels import with_levels, without_levels
 from .modes import EAGER, FULL, MODES, PIECEWISE, Mode
 from .probes import (
     LONGEST,
@@ -29,8 +29,6 @@ from .samples import Sample, with_images
 from .stepping import RefusedError, Served, can_chunk, logits, sampling, step_through
 
 Arrays = dict[str, Any]
-GETTER = "_get_deepstack_input_embeds"
-UNKNOWN = "_check_levels_unknown"
 
 
 def main(job: str, result: str, name: str, options: list[str]) -> None:
@@ -263,32 +261,6 @@ def shares(alone: Alone, samples: list[Sample], arrays: Arrays) -> dict[str, Any
 def apart(ours: np.ndarray, theirs: np.ndarray) -> float:
     """Of first tokens."""
     return compare(*(Run(np.zeros(1, np.int64), each[:1]) for each in (ours, theirs))).first
-
-
-def without_levels(model: Any) -> int:
-    """Has zeros in place of the DeepStack levels that a model gives its decoder; on an eager
-    engine, which asks for them at each step. Returns how many modules give any."""
-    modules = [m for m in model.modules() if hasattr(m, GETTER)]
-    for module in modules:
-        module.__dict__[GETTER] = partial(zeros, getattr(module, GETTER))
-    return len(modules)
-
-
-def zeros(getter: Any, *given: Any, **named: Any) -> Any:
-    levels = getter(*given, **named)
-    if hasattr(levels, "tensors"):
-        return type(levels)({name: 0 * level for name, level in levels.tensors.items()})
-    if levels is not None:
-        getter.__self__.__dict__[UNKNOWN] = True
-    return levels
-
-
-def with_levels(model: Any) -> bool:
-    """Undoes it. Returns whether there were zeros wherever there are levels."""
-    modules = list(model.modules())
-    for module in modules:
-        module.__dict__.pop(GETTER, None)
-    return not any(module.__dict__.pop(UNKNOWN, False) for module in modules)
 
 
 if __name__ == "__main__":
