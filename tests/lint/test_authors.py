@@ -27,7 +27,7 @@ STACK = "self.staged = torch.stack(features)"
 JOBS = yaml.safe_load(GITHUB)["jobs"]
 COMMANDS = [
     *(step["run"] for job in JOBS.values() for step in job["steps"] if "run" in step),
-    *(step["command"] for step in yaml.safe_load(BUILDKITE)["steps"]),
+    *(command for step in yaml.safe_load(BUILDKITE)["steps"] for command in step["command"]),
 ]
 
 
@@ -38,6 +38,50 @@ def codes(text: str, folder: Path) -> set[str]:
 
 def test_the_model_is_clean(tmp_path):
     assert codes(MODEL, tmp_path) == set()
+
+
+STEPS = """
+from types import SimpleNamespace
+import torch
+from torch import nn
+from vllm.model_executor.models.interfaces import SupportsMultiModal
+
+{model}
+
+class Decoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed_input_ids = nn.Embedding(16, 4)
+
+    def model(self, *, inputs_embeds, staged, **inputs):
+        return inputs_embeds, staged
+
+config = SimpleNamespace(
+    scheduler_config=SimpleNamespace(max_num_batched_tokens=8),
+    model_config=SimpleNamespace(get_hidden_size=lambda: 4),
+)
+model = MyModel(vllm_config=config)
+model.language_model = Decoder()
+storage = model.staged.data_ptr()
+ids, image = torch.tensor([1, 2, 2, 3]), torch.tensor([False, True, True, False])
+given = torch.arange(16.0).view(2, 8)
+with torch.inference_mode():
+    embeds = model.embed_input_ids(ids, [given], is_multimodal=image)
+    read, staged = model.forward(ids, torch.arange(12).view(3, 4), inputs_embeds=embeds)
+    assert read[1:3].equal(given[:, :4]) and staged[1:3].equal(given[:, 4:])
+    assert staged[[0, 3]].eq(0).all()
+    assert read[0].equal(model.language_model.embed_input_ids.weight[1])
+    embeds = model.embed_input_ids(ids)
+    _, staged = model.forward(ids, torch.arange(4), inputs_embeds=embeds)
+assert staged.eq(0).all() and len(staged) == 4 and staged.data_ptr() == storage
+"""
+
+
+def test_the_model_works():
+    """With vLLM's own interface: features are read in their step, and in no other."""
+    command = [sys.executable, "-c", STEPS.format(model=MODEL)]
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

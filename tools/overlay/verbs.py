@@ -121,9 +121,13 @@ def show_status(args: argparse.Namespace) -> int:
         since = source.stat().st_ctime if source.is_file() else None
     found = status(root, args.overlay, args.cache_dir, served, since)
     found.plugin = said
-    if sys.stderr.isatty():
-        print("reading the other models' code…", file=sys.stderr)
-    found.lint = linted(root, overlay_files(args.overlay).keys())
+    if not found.problem:
+        if sys.stderr.isatty():
+            print("reading the other models' code…", file=sys.stderr)
+        try:
+            found.lint = linted(root, overlay_files(args.overlay).keys())
+        except UserError as error:
+            found.problem = str(error)
     print(json.dumps(found.json(), indent=1) if args.json else found.text())
     return found.code
 
@@ -132,14 +136,14 @@ def linted(root: Path, ours: Iterable[str]) -> list[str]:
     """What the lint finds in models that `status` has no rule for."""
     from ..lint.verb import RULES, lint
 
-    folders = [root / folder for folder in (MODELS, "vllm/models") if (root / folder).is_dir()]
-    judged = {root.resolve() / path for path in (*ours, *(kind.file for kind in KINDS.values()))}
+    judged = {(root / path).resolve() for path in (*ours, *(kind.file for kind in KINDS.values()))}
+    files = [f for folder in (MODELS, "vllm/models") for f in (root / folder).rglob("*.py")]
     with cli.uncollected():
-        found, _ = lint(folders, root, list(RULES))
+        found, _ = lint([f for f in files if f.resolve() not in judged], root, list(RULES))
     return [
-        f"{finding.code} in {finding.file}:{finding.line}: {finding.message}"
-        for finding in found
-        if finding.file.resolve() not in judged
+        f"{one.code} in {one.file}:{one.line}: {one.message}"
+        for one in found
+        if one.file.resolve() not in judged  # that a class there inherits
     ]
 
 
