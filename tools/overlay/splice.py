@@ -41,10 +41,10 @@ def is_spliced(node: cst.CSTNode) -> bool:
     """Whether a function's or a block's statements are a difference from upstream's."""
     if not isinstance(node, (cst.FunctionDef, cst.Else, *BLOCKS)):
         return False
-    inner = statements(node.body)
-    if isinstance(other := getattr(node, "orelse", None), (cst.If, cst.Else)):
-        inner = [*inner, *([other] if isinstance(other, cst.If) else statements(other.body))]
-    return any(is_ellipsis(s) or removed(s) or is_spliced(s) for s in inner)
+    other = getattr(node, "orelse", None)
+    return any(is_ellipsis(s) or removed(s) or is_spliced(s) for s in statements(node.body)) or (
+        other is not None and is_spliced(other)
+    )
 
 
 def splice(ours: Function, theirs: Function) -> Function:
@@ -54,9 +54,8 @@ def splice(ours: Function, theirs: Function) -> Function:
     anchor and says where between them the new ones go. An anchor marked `# remove` goes. A
     block (`if`, `for`, `while`, `with`) that has any of these in it is the anchor of upstream's
     block with the same first line, and spliced like a body; so are the `elif` and `else` that are
-    written after it. A docstring in `ours` is for the
-    overlay's reader. What is to go, and nothing comes for it, may be gone already: that looks as
-    it does once it is merged.
+    written after it. A docstring in `ours` is for the overlay's reader. What is to go, and nothing
+    comes for it, may be gone already: that looks as it does once it is merged.
 
         ours                      theirs                 merged
         a = 0                     x = f()                a = 0
@@ -149,7 +148,7 @@ def _inside(ours: Any, theirs: Any) -> Any:
         return theirs
     merged: Any = theirs
     old = statements(merged.body)
-    if (body := _splice(statements(ours.body), old)) != old:  # type: ignore[attr-defined]
+    if (body := _splice(statements(ours.body), old)) != old:
         merged = merged.with_changes(body=with_statements(merged.body, body))
     if (other := getattr(ours, "orelse", None)) is None:
         return merged

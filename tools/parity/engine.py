@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from .modes import EAGER, FULL, MODES, PIECEWISE, Mode
 from .probes import (
     LONGEST,
     Alone,
+    Probe,
     Prompts,
+    Rows,
     joining,
     limit,
     media_in_pieces,
@@ -81,7 +84,7 @@ def answer(llm: Any, spec: Path, result: Path, eager: bool = False) -> None:
     if job["builtin"]:
         images = limit(config, "image")
         samples = [Sample(s.messages, s.prompt, s.images[:images]) for s in samples]
-    arrays |= answers(llm, samples, job["max_tokens"])
+    arrays |= answers(llm, samples, job["max_tokens"], open_image)
     save(result, meta, arrays)
     if probing:
         print(f"{STAGE}looking for leaks", flush=True)
@@ -103,11 +106,11 @@ def save(result: Path, meta: dict[str, Any], arrays: Arrays) -> None:
     part.replace(result)
 
 
-def answers(llm: Any, samples: list[Sample], max_tokens: int, opened: Any = None) -> Arrays:
+def answers(llm: Any, samples: list[Sample], max_tokens: int, opened: Any) -> Arrays:
     config = llm.llm_engine.vllm_config.model_config
     image_token = image_token_id(config.hf_config)
     arrays: Arrays = {}
-    for i, output in enumerate(generate(llm, samples, max_tokens, opened or open_image)):
+    for i, output in enumerate(generate(llm, samples, max_tokens, opened)):
         arrays[f"prompt_{i}"] = np.array(output.prompt_token_ids)
         arrays[f"images_{i}"] = np.array(len(samples[i].images))
         arrays[f"image_tokens_{i}"] = np.array(output.prompt_token_ids.count(image_token))
@@ -172,58 +175,58 @@ class Probing:
 
     def before_media(self) -> None:
         """What text gets alone; and in the same company, in which nobody has a medium."""
-        stream = media_then_text()
-        text = [p for p in [*stream, *media_in_pieces(1)] if p.medium is None]
-        without = [replace(p, medium=None, words=p.words + 20) for p in stream]
-        try:
-            self.alone.ask(text)
-            self.leaks["streams"][TEXT_ALONE] = self.alone.in_stream(without, 0)
-        except RefusedError as error:
-            self.leaks["not_run"][TEXT_ALONE] = f"refused: {error}"
+        self._serve(TEXT_ALONE, self._text_alone)
 
     def after_media(self) -> None:
-        reason = ""
         if not self.modality:
             reason = "the model takes no images or audio"
         elif not self.prompts.placeholder:
             reason = f"what stands for {self.modality} in a prompt is not known"
-        if reason:
-            self.leaks["not_run"][self.together] = reason
+        else:
+            self._serve(self.together, self._media_then_text)
+            self._serve(self.trickling, self._media_in_pieces)
             return
-        alone, name = self.alone, self.modality
-        try:
-            alone.ask(media_then_text())
-            longest = max(len(s.prompt) for p, s in alone.found.items() if p.medium is not None)
-            config = alone.llm.llm_engine.vllm_config.compilation_config
-            captured = max(config.cudagraph_capture_sizes or [0])
-            fits = captured // 5 if can_chunk(alone.llm) and captured < 5 * longest else 0
-            self.leaks["streams"][self.together] = alone.in_stream(media_then_text(), fits)
-            if 0 < captured < longest:
-                self.leaks["not_run"][f"graphs replayed with a whole {name}"] = (
-                    f"it takes {longest} tokens, and graphs are captured for {captured}"
-                )
-            self._in_pieces()
-        except RefusedError as error:
-            self.leaks["not_run"].setdefault(self.together, f"refused: {error}")
+        self.leaks["not_run"][self.together] = reason
 
-    def _in_pieces(self) -> None:
-        alone = self.alone
-        if not can_chunk(alone.llm):
-            self.leaks["not_run"][self.trickling] = (
-                "needs chunked prefill that may cut media, and VLLM_ENABLE_V1_MULTIPROCESSING=0"
-            )
-            return
-        media = [probe for probe in media_in_pieces(1) if probe.medium is not None]
-        alone.ask(media)
-        longest = max(len(alone.found[probe].prompt) for probe in media)
-        if longest > LONGEST:
-            self.leaks["not_run"][self.trickling] = f"a prompt takes {longest} tokens"
-            return
-        stream = media_in_pieces(longest)
+    def _serve(self, name: str, stream: Callable[[], Rows | str]) -> None:
+        """Keeps a stream's requests, or why it was not run."""
         try:
-            self.leaks["streams"][self.trickling] = alone.in_stream(stream, 1)
+            found = stream()
         except RefusedError as error:
-            self.leaks["not_run"][self.trickling] = f"refused: {error}"
+            found = f"refused: {error}"
+        self.leaks["not_run" if isinstance(found, str) else "streams"][name] = found
+
+    def _text_alone(self) -> Rows:
+        stream = media_then_text()
+        self.alone.ask(p for p in [*stream, *media_in_pieces(1)] if p.medium is None)
+        without = [replace(p, medium=None, words=p.words + 20) for p in stream]
+        return self.alone.in_stream(without, 0)
+
+    def _media_then_text(self) -> Rows:
+        stream = media_then_text()
+        longest = self._longest(stream)
+        config = self.alone.llm.llm_engine.vllm_config.compilation_config
+        captured = max(config.cudagraph_capture_sizes or [0])
+        if 0 < captured < longest:
+            self.leaks["not_run"][f"graphs replayed with a whole {self.modality}"] = (
+                f"it takes {longest} tokens, and graphs are captured for {captured}"
+            )
+        fits = captured // 5 if can_chunk(self.alone.llm) and captured < 5 * longest else 0
+        return self.alone.in_stream(stream, fits)
+
+    def _media_in_pieces(self) -> Rows | str:
+        if not can_chunk(self.alone.llm):
+            return "needs chunked prefill that may cut media, and VLLM_ENABLE_V1_MULTIPROCESSING=0"
+        longest = self._longest(media_in_pieces(1))
+        if longest > LONGEST:
+            return f"a prompt takes {longest} tokens"
+        return self.alone.in_stream(media_in_pieces(longest), 1)
+
+    def _longest(self, stream: list[Probe]) -> int:
+        """Tokens of its longest prompt with a medium."""
+        media = [probe for probe in stream if probe.medium is not None]
+        self.alone.ask(media)
+        return max(len(self.alone.found[probe].prompt) for probe in media)
 
 
 def shares(alone: Alone, samples: list[Sample], arrays: Arrays) -> dict[str, Any]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from junitparser import Error, Failure, JUnitXml, Skipped, TestCase, TestSuite
 
-from .report import Report, blind, largest, leaked, number, sentences
-
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")  # an engine's log has colors; XML must not
+from .report import Report, blind, largest, leaked, number, sentences, streams
 
 
 def junit(one: Report) -> str:
@@ -26,7 +23,7 @@ def junit(one: Report) -> str:
         suite.add_testcase(test("media count", "media", Failure(wrong) if wrong else None))
         xml.add_testsuite(suite)
     text: bytes = xml.tostring()
-    return CONTROL.sub("", text.decode())
+    return text.decode()
 
 
 def cases(arm: dict[str, Any], one: Report) -> list[TestCase]:
@@ -44,7 +41,7 @@ def cases(arm: dict[str, Any], one: Report) -> list[TestCase]:
             f"{alone['differ']} of {alone['requests']} are off eager, by {number(alone['largest'])}"
         )
         found.append(test("requests alone", mode, Failure(moved) if alone["differ"] else None))
-    for stream in (arm["leaks"] or {"streams": []})["streams"]:
+    for stream in streams(arm):
         only = arm | {"leaks": {"streams": [stream]}}
         said = "\n".join(sentences(only))
         found.append(test(stream["name"], mode, Failure(said) if leaked(only) else None))

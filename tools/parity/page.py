@@ -19,6 +19,7 @@ from .report import (
     requests,
     rows_by_mode,
     sentences,
+    streams,
     summary,
 )
 
@@ -47,9 +48,7 @@ def page(one: Report) -> str:
     body += [f"<p>{escape(text)}</p>" for text in about_shares(one)]
     for arm in one["arms"]:
         if arm["reason"]:
-            body.append(
-                f"<h3>{escape(arm['mode'])}</h3><pre>{escape(printable(arm['reason']))}</pre>"
-            )
+            body.append(f"<h3>{escape(arm['mode'])}</h3><pre>{escape(arm['reason'])}</pre>")
     if any(arm["samples"] for arm in one["arms"]):
         body.append("<h2>Does it compute the same?</h2>")
         body.append("<p>Largest |Δlogit| to eager at each token; a line is a sample.</p>")
@@ -64,17 +63,13 @@ def page(one: Report) -> str:
         if requests(arm):
             body.append(f"<h3>{escape(arm['mode'])}: {leaked(arm)} of {len(requests(arm))}</h3>")
             body.append(listed(sentences(arm)))
-            body += [svg(timeline(stream)) for stream in arm["leaks"]["streams"]]
+            body += [svg(timeline(stream)) for stream in streams(arm)]
     if one["unanswered"]:
         body += ["<h2>Not asked</h2>", listed(one["unanswered"])]
     head = f'<meta charset="utf-8"><title>{escape(about)}</title><style>{STYLE}</style>'
     return (
         f"<!doctype html>\n<html lang=en><head>{head}</head>\n<body>{''.join(body)}</body></html>\n"
     )
-
-
-def printable(text: str) -> str:
-    return "".join(c for c in text if c.isprintable() or c == "\n")
 
 
 def table(one: Report) -> str:

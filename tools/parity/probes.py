@@ -19,6 +19,8 @@ OVERLAPPING = 2
 LONGEST = 1024
 """Tokens of a medium that goes through the decoder one token a step."""
 SAMPLE_RATE = 16_000
+Rows = list[dict[str, Any]]
+"""Of a stream: each request, and how far it is from the same request alone."""
 PROSE = """\
 A triangle has three sides and three angles, and the angles add up to one hundred and eighty
 degrees. Where two sides are equal, so are the angles that face them. A circle is all points that
@@ -166,7 +168,7 @@ class Alone:
         words = min(budget(self.llm), config.model_config.max_model_len - 1)
         step_through(self.llm, [joining(Probe(words, 0, judged=False), self.prompts)])
 
-    def in_stream(self, stream: list[Probe], tokens: int) -> list[dict[str, Any]]:
+    def in_stream(self, stream: list[Probe], tokens: int) -> Rows:
         """How far each request of a stream is from the same request alone, with at most so many
         tokens of a prompt a step (0: as the engine has it).
 

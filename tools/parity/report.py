@@ -82,12 +82,12 @@ def arm(
     given: dict[str, Any] = {"mode": mode, "verdict": "", "reason": "", "seconds": None}
     given |= {"samples": [], "to_transformers": [], "alone": None, "leaks": None}
     if isinstance(result, EngineError):
-        return given | {"verdict": "failed", "reason": str(result)}
+        return given | {"verdict": "failed", "reason": printable(str(result))}
     if "missing" in result.meta:
         return given | {"verdict": "not run", "reason": result.meta["missing"]}
     if others := other_tokens(mode, eager, result):
         return given | {"verdict": "failed", "reason": others[0]}
-    given["seconds"], given["reason"] = round(result.seconds, 1), result.error
+    given["seconds"], given["reason"] = round(result.seconds, 1), printable(result.error)
     if result is not eager:
         given["samples"] = [
             agreement(compare(theirs, ours), limit) for theirs, ours in zip(eager.runs, result.runs)
@@ -151,7 +151,7 @@ def leaks_of(leaks: Mapping[str, Any], limit: float) -> dict[str, Any]:
         "streams": [
             {"name": name, "requests": changes(rows, limit)} for name, rows in streams.items()
         ],
-        "not_run": [{"name": n, "reason": r} for n, r in leaks["not_run"].items()],
+        "not_run": [{"name": n, "reason": printable(r)} for n, r in leaks["not_run"].items()],
     }
 
 
@@ -177,10 +177,19 @@ def largest(difference: Mapping[str, Any]) -> float:
     return max(difference["first"], difference["decode"] or 0.0)
 
 
+def streams(arm: Mapping[str, Any]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = arm["leaks"]["streams"] if arm["leaks"] else []
+    return found
+
+
+def printable(text: str) -> str:
+    """What others wrote, an engine's log in colors, without what XML does not allow."""
+    return "".join(c for c in text if c.isprintable() or c == "\n")
+
+
 def requests(arm: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Those that were compared with themselves alone."""
-    streams = (arm["leaks"] or {"streams": []})["streams"]
-    return [r for s in streams for r in s["requests"] if r["largest"] is not None]
+    return [r for s in streams(arm) for r in s["requests"] if r["largest"] is not None]
 
 
 def leaked(arm: Mapping[str, Any]) -> int:
@@ -190,7 +199,7 @@ def leaked(arm: Mapping[str, Any]) -> int:
 def sentences(arm: Mapping[str, Any]) -> list[str]:
     """request 7 (text) changed by 2.9 after request 6 (image), largest first."""
     found = []
-    for stream in (arm["leaks"] or {"streams": []})["streams"]:
+    for stream in streams(arm):
         for at, one in enumerate(stream["requests"]):
             if one["changed"]:
                 text = f"request {at + 1} ({one['kind']}) changed by {number(one['largest'])}"
@@ -233,8 +242,8 @@ def unanswered(
 ) -> list[str]:
     found = [f"mode {a['mode']}: {a['reason']}" for a in arms if a["verdict"] == "not run"]
     found += [f"mode {a['mode']}: failed" for a in arms if a["verdict"] == "failed"]
-    streams = [each for a in arms if a["leaks"] for each in a["leaks"]["not_run"]]
-    found += dict.fromkeys(f"leaks, {each['name']}: {each['reason']}" for each in streams)
+    not_run = [each for a in arms if a["leaks"] for each in a["leaks"]["not_run"]]
+    found += dict.fromkeys(f"leaks, {each['name']}: {each['reason']}" for each in not_run)
     found += [
         f"leaks below {number(2 * a['leaks']['floor'])} in mode {a['mode']}: text alone moves text "
         f"by {number(a['leaks']['floor'])}"

@@ -96,12 +96,14 @@ def run(jobs: list[Job], spec: Path, console: Console, at_once: int) -> list[Res
     """Runs the jobs, so many at a time.
 
     Raises:
-        EngineError: one of them failed; the others are stopped.
+        EngineError: one of them failed.
     """
     results = []
     for result in outcomes(jobs, spec, console, at_once):
         if isinstance(result, EngineError):
             raise result
+        if result.error:
+            raise EngineError(result.error)
         results.append(result)
     return results
 
@@ -132,23 +134,30 @@ def outcomes(
             while running:
                 time.sleep(0.2)
                 for job in list(running):
-                    try:
-                        stage = job.stage()
-                    except EngineError as error:
-                        stage, found[job] = "failed", error
-                        if job.result.exists():  # it had answered the samples
-                            found[job] = result = Result.load(job.result)
-                            result.error = str(error)
+                    stage, outcome = poll(job)
                     if stage != running[job] and not live:
                         console.print(f"{job.name}: {stage}", highlight=False)
                     running[job] = stage
-                    ended = stage in ("done", "failed")
-                    progress.update(tasks[job], stage=stage, completed=int(ended))
-                    if stage == "done":
-                        found[job] = result = Result.load(job.result)
-                        result.seconds = time.monotonic() - began
-                    if ended:
+                    progress.update(tasks[job], stage=stage, completed=int(outcome is not None))
+                    if isinstance(outcome, Result):
+                        outcome.seconds = time.monotonic() - began
+                    if outcome is not None:
+                        found[job] = outcome
                         del running[job]
                 if isinstance(first := found.get(jobs[0]), EngineError):
                     raise first
     return [found[job] for job in jobs]
+
+
+def poll(job: Job) -> tuple[str, Result | EngineError | None]:
+    """What a job is doing; and once it has ended, what it gave: of one that failed after it had
+    answered the samples, those, with the error."""
+    try:
+        stage = job.stage()
+    except EngineError as error:
+        if not job.result.exists():
+            return "failed", error
+        result = Result.load(job.result)
+        result.error = str(error)
+        return "failed", result
+    return stage, Result.load(job.result) if stage == "done" else None

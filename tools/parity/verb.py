@@ -15,7 +15,8 @@ from .modes import FULL, MODES, PIECEWISE
 CHECK = """\
 Is a model right when it is compiled? Runs it in vLLM engines, each in a process of its own: eager,
 and in each of the modes. Does it compute the same? Does a request get the same after others as
-alone? Do its images count? Options that are not listed here go to all engines, under vLLM's names.
+alone? Do images change its logits? Options that are not listed here go to all engines, under vLLM's
+names.
 
 exit code: 0 it agrees, 1 it diverges or leaks, 2 the check could not run, or cannot tell"""
 EXAMPLES = """\
