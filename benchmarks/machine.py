@@ -29,8 +29,12 @@ def machine() -> dict[str, Any]:
             for name, value in sorted(os.environ.items())
             if name.startswith("VLLM_") and "KEY" not in name
         },
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "command": command(),
     }
+
+
+def command() -> str:
+    return shlex.join(["python", *sys.orig_argv[1:]])
 
 
 def cpu_name() -> str:

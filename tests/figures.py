@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tools import cli
+from benchmarks.machine import command
+from tools import ROOT, cli
 
 from .conftest import version
 
 
 class Figures:
-    """Gathers the tests' figures, and writes them with machine, versions and command."""
+    """Gathers the tests' figures, and writes them with machine, versions and command as each test
+    ends: a run that is stopped leaves those of the tests that it has done."""
 
     def __init__(self, file: Path):
         self.file = file
         self.rows: list[dict[str, Any]] = []
         self.outcomes: dict[str, str] = {}
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        # In a process of its own: it calls CUDA, and the tests fork off from this one.
+        script = "import json; from benchmarks.machine import machine; print(json.dumps(machine()))"
+        ask = [sys.executable, "-c", script]
+        told = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True, check=True)
+        return {"vllm": version(), "machine": json.loads(told.stdout) | {"command": command()}}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call":
@@ -29,9 +43,4 @@ class Figures:
                 if name == "figures":
                     assert isinstance(values, dict)
                     self.rows.append({"test": report.nodeid, "outcome": outcome, **values})
-
-    def pytest_sessionfinish(self) -> None:
-        from benchmarks.machine import machine  # it calls CUDA: not before the last fork
-
-        about = {"vllm": version(), "machine": machine()}
-        cli.write_json({"about": about, "rows": self.rows}, self.file)
+            cli.write_json({"about": self.about, "rows": self.rows}, self.file)

@@ -19,6 +19,7 @@ from tests.serving.soak import DifferenceError
 from tools import ROOT
 from tools.engines import shared_cores
 from tools.overlay.tree import Tree
+from tools.overlay.verbs import installed
 from tools.parity.modes import EAGER
 from tools.parity.report import leaked, report, sentences
 from tools.parity.run import arm_job, run, write_spec
@@ -35,6 +36,15 @@ VARIANTS = {
     # As a graph does that was captured for a step of four tokens.
     "four rows are cleared": [(QWEN3_VL, STAGED, "pass"), (QWEN3_VL, IN_FORWARD, IN_FOUR)],
 }
+REBOUND = "self.deepstack_input_embeds = [torch.zeros_like(b) for b in self.deepstack_input_embeds]"
+
+
+def edit(tree: Path, edits: list[tuple[str, str, str]]) -> None:
+    for file, old, new in edits:
+        text = (tree / file).read_text()
+        assert text.count(old) == 1
+        (tree / file).unlink()  # it may be a link to the release's
+        (tree / file).write_text(text.replace(old, new))
 
 
 def small(model: Path) -> list[str]:
@@ -71,11 +81,7 @@ def test_broken_variants_leak(models, stock_tree, tmp_path):
     for number, (name, edits) in enumerate(VARIANTS.items()):
         tree = shutil.copytree(stock_tree, tmp_path / f"tree-{number}", copy_function=os.link)
         Tree(tree).apply()
-        for file, old, new in edits:
-            text = (tree / file).read_text()
-            assert text.count(old) == 1
-            (tree / file).unlink()  # it may be a link to the release's
-            (tree / file).write_text(text.replace(old, new))
+        edit(tree, edits)
         jobs.append(arm_job(EAGER, tree, options, tmp_path, cores[number % 2], name))
     results = dict(zip(VARIANTS, run(jobs, spec, Console(stderr=True), at_once=2)))
     for name, result in results.items():
@@ -102,17 +108,20 @@ def test_a_model_without_deepstack(tmp_path):
     assert any("_get_deepstack_input_embeds" in text for text in found["unanswered"])
 
 
+def gpu_check(folder: Path, *options: str) -> tuple[int, dict[str, Any]]:
+    memory = ["--gpu-memory-utilization", "0.05", "--kv-cache-memory-bytes", str(2**30)]
+    model = tiny_models.MODELS["qwen3_vl"](folder / "model")
+    return check(model, folder, "--dtype", "bfloat16", *memory, *options)
+
+
 @pytest.mark.gpu
 @pytest.mark.release(">=0.24")
 @pytest.mark.bites("newest")
 @pytest.mark.timeout(600, func_only=True)
 def test_the_check_finds_what_graphs_leave(tmp_path, figures):
     """D2, in one run; in the modes in which 0.33.0 as released has it."""
-    model = tiny_models.MODELS["qwen3_vl"](tmp_path / "model")
-    memory = ["--gpu-memory-utilization", "0.05", "--kv-cache-memory-bytes", str(2**30)]
     modes = ["default", "breakable", "batch-invariant"]
-    options = ["--dtype", "bfloat16", *memory, "--modes", *modes]
-    code, found = check(model, tmp_path, *options)
+    code, found = gpu_check(tmp_path, "--modes", *modes)
     for arm in found["arms"]:
         figures(what="check", mode=arm["mode"], changed=leaked(arm), seconds=arm["seconds"])
     assert all(arm["verdict"] not in ("failed", "not run") for arm in found["arms"])
@@ -121,3 +130,16 @@ def test_the_check_finds_what_graphs_leave(tmp_path, figures):
         assert code == 1
         raise DifferenceError(sentences(found["arms"][1])[0])
     assert (code, found["verdict"]) == (0, "agrees")
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600, func_only=True)
+def test_the_check_finds_rebound_storage(tmp_path, figures):
+    """D5: graphs read the buffers that were there when they were captured. Eager engines, and so
+    a CPU's, have no such graphs."""
+    shutil.copytree(installed() / "vllm", tmp_path / "tree/vllm")
+    edit(tmp_path / "tree", [(MIXIN, STAGED, REBOUND)])
+    code, found = gpu_check(tmp_path, "--vllm", str(tmp_path / "tree"))
+    _, arm = found["arms"]
+    figures(what="check, rebound", mode=arm["mode"], seconds=arm["seconds"], **arm["alone"])
+    assert code == 1 and arm["alone"]["differ"] > 0

@@ -92,7 +92,8 @@ class Engine:
 def main(connection: Connection, options: list[str]) -> None:
     import torch
 
-    if not torch.cuda.is_available():
+    # Not `is_available()`: workers that fork off from this process could not use CUDA then.
+    if torch.version.cuda is None:
         options = [*options, "--worker-extension-cls", "tests.serving.unpinned.Unpinned"]
     llm = make_engine(options)
     while True:

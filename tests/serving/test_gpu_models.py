@@ -20,6 +20,8 @@ from .test_gpu_leaks import check, images_then_texts
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600, func_only=True)]
 
 DUMMY = ("--load-format", "dummy", "--trust-remote-code")
+# The others' kernels are compiled when they are first used, for minutes.
+GDN = ("--gdn-prefill-backend", "triton")
 
 
 def on(mode: Mode, *marks: pytest.MarkDecorator):
@@ -109,7 +111,7 @@ def test_moss_audio(case, fleet, figures):
 
 
 @pytest.mark.bites("newest")
-@pytest.mark.parametrize("case", [Case("qwen4_exp", DEFAULT, DUMMY)], ids=str)
+@pytest.mark.parametrize("case", [Case("qwen4_exp", DEFAULT, (*DUMMY, *GDN))], ids=str)
 def test_qwen4_exp(case, fleet, figures):
     """D2: vLLM switches breakable graphs on for it, whatever it is told."""
     stream = images_then_texts()
