@@ -70,7 +70,7 @@ wheel: .venv/tools
 plugin: .venv/tools
 	.venv/bin/python -m build --wheel --installer uv --outdir dist tools
 
-## write the pull request to vLLM: patches and text in build/pr/
+## write the pull requests to vLLM: patches and texts in build/pr/
 pr: .venv/tools
 	.venv/bin/python -m upstream $(RELEASE)
 

@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,8 @@ class Case:
         releases, reason = MODELS.get(self.model, ("", ""))
         if releases and not SpecifierSet(releases).contains(version()):
             return f"vLLM {version()}: {reason}"
+        if self.model == "qwen4_exp" and find_spec("cutlass") is None:
+            return "vLLM compiles Qwen4-Exp's kernels with nvidia-cutlass-dsl: it is not installed"
         return self.mode.missing(version(), gpu=True)
 
     def __str__(self) -> str:

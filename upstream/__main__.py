@@ -1,7 +1,7 @@
-"""Write a pull request to vLLM: patches for `git am`, and the text for its description.
+"""Write pull requests to vLLM: patches for `git am`, and the texts of their descriptions.
 
-The series is for the sources of a release: for one that drops DeepStack features when compiled,
-the change of vllm-project/vllm#43617; for a later one, the end of features with their step.
+For 0.33.0: several small ones, a private report that goes first, and how to send them. For one
+before 0.23: a backport, as a branch for those who maintain it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tools import cli, package_index, releases
+from packaging.version import Version
 
-from .series import Checkout, series
-from .text import text
+from tools import cli, package_index, releases
+from tools.cli import UserError
+
+from . import backport
+from .checkout import Checkout, Commit
+from .pulls import HERE, pulls
 
 PR = releases.ROOT / "build" / "pr"
 
@@ -26,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("release", help="0.33.0")
+    parser.add_argument("release", help="0.33.0, or one before 0.23")
     parser.add_argument(
         "--output-dir", type=Path, help="default: build/pr/RELEASE; what is there is replaced"
     )
@@ -37,23 +41,54 @@ def main(arguments: list[str] | None = None) -> int:
 def execute(args: argparse.Namespace) -> int:
     release = releases.known(args.release)
     output = args.output_dir or PR / str(release.version)
+    if not pulls(release.version) and release.version >= Version("0.23"):
+        written = [folder.name for folder in HERE.glob("[0-9]*") if pulls(Version(folder.name))]
+        raise UserError(
+            f"vLLM {release.version} has no pull requests: they are for {', '.join(written)}, the "
+            "backport for releases before 0.23"
+        )
     sources = package_index.unpack_sources(release, releases.ROOT / "build" / "sdist")
-    template = (sources / ".github" / "PULL_REQUEST_TEMPLATE.md").read_text()
-    with tempfile.TemporaryDirectory(prefix="pr.", dir=PR.parent) as folder:
+    PR.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="pr.", dir=PR) as folder:
         made = Path(folder) / "made"
-        checkout = Checkout(Path(folder) / "vllm", sources, release.sources)
-        for commit in series(release, sources):
-            checkout.commit(commit)
-        patches = checkout.patches(made)
-        (made / "PULL_REQUEST.md").write_text(text(release, template))
+        write = write_pulls if pulls(release.version) else write_backport
+        write(release, sources, Path(folder) / "vllm", made)
         shutil.rmtree(output, ignore_errors=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         made.rename(output)
-    for patch in patches:
-        print(output / patch)
-    print(output / "PULL_REQUEST.md")
-    print(f"on vLLM {release.version}: git am --keep-non-patch {output.resolve()}/*.patch")
+    for file in sorted(output.rglob("*")):
+        if file.is_file():
+            print(file)
     return 0
+
+
+def write_pulls(release: releases.Release, sources: Path, root: Path, made: Path) -> None:
+    """`SEND.md`, `0-report/`, and of each pull request its patch and its description."""
+    ours = HERE / str(release.version)
+    made.mkdir()
+    shutil.copy(ours / "SEND.md", made)
+    shutil.copytree(ours / "0-report", made / "0-report")
+    template = (sources / ".github" / "PULL_REQUEST_TEMPLATE.md").read_text()
+    paths = {path for pull in pulls(release.version) for path in pull.overlay}
+    there = [path for path in sorted(paths) if (sources / path).is_file()]
+    checkout = Checkout(root, sources, there)
+    for pull in pulls(release.version):
+        start = pull.after or "main"
+        checkout.branch(pull.name, start)
+        before = {path: (root / path).read_bytes() for path in there}
+        changes = pull.changes(before, release.version)
+        checkout.commit(Commit(pull.title, pull.overview, changes))
+        checkout.patches(made / pull.name, start)
+        (made / pull.name / "PULL_REQUEST.md").write_text(pull.description(template))
+
+
+def write_backport(release: releases.Release, sources: Path, root: Path, made: Path) -> None:
+    checkout = Checkout(root, sources, release.sources)
+    checkout.branch("deepstack-backport", "main")
+    for commit in backport.series(release, sources):
+        checkout.commit(commit)
+    checkout.patches(made / "backport", "main")
+    shutil.copy(HERE / "0.22.1" / "README.md", made / "backport")
 
 
 if __name__ == "__main__":

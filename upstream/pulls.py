@@ -1,21 +1,26 @@
-"""Pull requests for a release, each an overlay of its own.
+"""Pull requests for a release, each an overlay of its own, with its text.
 
-upstream/0.33.0/1-clear-deepstack/vllm/…    overlay files, at vLLM's paths
-                7-mixin/vllm/…              builds on 1
+upstream/0.33.0/1-clear-deepstack/README.md          title, and the template's sections
+                                  vllm/…, tests/…    overlay files, at vLLM's paths
+                7-mixin/…                            builds on 1
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from packaging.version import Version
 
+from tools.cli import UserError
 from tools.overlay.merge import added, merge
 
 HERE = Path(__file__).parent
+# Those that are changes of another's files.
+AFTER = {"7-mixin": "1-clear-deepstack"}
 # What a new file of vLLM's begins with, and one of an overlay need not.
 LICENSE = (
     b"# SPDX-License-Identifier: Apache-2.0\n"
@@ -32,6 +37,50 @@ class Pull:
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def after(self) -> str:
+        """The one that has to be merged before."""
+        return AFTER.get(self.name, "")
+
+    @property
+    def title(self) -> str:
+        return self._text.partition("\n")[0].removeprefix("# ")
+
+    @property
+    def sections(self) -> dict[str, str]:
+        """By heading, in the template's order."""
+        parts = re.split(r"^## (.+)\n", self._text, flags=re.MULTILINE)[1:]
+        return dict(zip(parts[::2], map(str.strip, parts[1::2]), strict=True))
+
+    @property
+    def overview(self) -> str:
+        return self.sections["Overview"]
+
+    @property
+    def _text(self) -> str:
+        return (self.folder / "README.md").read_text()
+
+    def description(self, template: str) -> str:
+        """Upstream's template with its sections filled, and what an assistant did disclosed.
+
+        Raises:
+            UserError: the template has other sections.
+        """
+        sections = self.sections
+        headings = re.findall(r"^## (.+)$", template, re.MULTILINE)
+        if headings != list(sections):
+            raise UserError(
+                f"{self.folder / 'README.md'}: it has the sections {list(sections)}; upstream's "
+                f"template has {headings}"
+            )
+        filled = re.sub(
+            r"^## (.+)\n(?:\s*<!--.*-->\n)?",
+            lambda match: f"## {match[1]}\n\n{sections[match[1]]}\n",
+            template,
+            flags=re.MULTILINE,
+        )
+        return filled.replace("- [ ] AI assistance", "- [x] AI assistance")
 
     @property
     def overlay(self) -> dict[str, bytes]:
@@ -56,7 +105,7 @@ class Pull:
 
 def pulls(release: Version) -> list[Pull]:
     """Those for a release, in the order in which they are sent."""
-    return [Pull(folder) for folder in sorted((HERE / str(release)).glob("[0-9]*-*"))]
+    return [Pull(folder) for folder in sorted((HERE / str(release)).glob("[1-9]-*"))]
 
 
 def lines(before: Mapping[str, bytes], after: Mapping[str, bytes]) -> tuple[int, int]:

@@ -3,8 +3,9 @@ class Qwen3VLForConditionalGeneration:
         self, input_ids, multimodal_embeddings=None, *, is_multimodal=None
     ):
         # Not in forward(): replayed CUDA graphs do not run its Python code.
-        if self.use_deepstack:
-            self._clear_deepstack_input_embeds(self.deepstack_input_embeds_num_tokens)
+        self._clear_deepstack_input_embeds(
+            getattr(self, "deepstack_input_embeds_num_tokens", 0)
+        )
         ...
 
     def forward(

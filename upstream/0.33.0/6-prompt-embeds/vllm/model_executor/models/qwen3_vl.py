@@ -5,7 +5,9 @@ class Qwen3VLForConditionalGeneration:
         # `prompt_embeds` come among them, without levels.
         width = self.visual_dim + self.multiscale_dim
         multimodal_embeddings = [
-            F.pad(embeds, (0, width - embeds.size(1)))
+            embeds
+            if embeds.size(1) == width
+            else F.pad(embeds, (0, width - embeds.size(1)))
             for embeds in multimodal_embeddings
         ]
         ...

@@ -1,21 +1,18 @@
-"""The commits of the pull request, made from the overlay."""
+"""The backport: what #43617 has brought, and the fix of D2, for those who maintain vLLM 0.22."""
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import libcst as cst
-from packaging.version import Version
 
 from tools import releases
 from tools.cli import UserError
 from tools.overlay.merge import RELEASE, merge
 from tools.overlay.syntax import Statement, leading_lines, statements, with_statements
+
+from .checkout import Commit
 
 MODELS = "vllm/model_executor/models"
 MIXIN = f"{MODELS}/deepstack.py"
@@ -34,14 +31,6 @@ is staged.
 The buffers move to a mixin that both models share, and are registered, so
 that `sleep(level=2)` keeps what they hold.
 """
-HOME = """\
-Qwen3-VL and Qwen3-Omni's thinker have the same buffers and methods, twice.
-They move to a mixin, with the contract of #43617: as long as there are
-buffers, reading gives the same inputs at every step.
-
-The buffers are registered, so that `sleep(level=2)` keeps what they hold,
-and a shorter payload leaves nothing of a longer one behind.
-"""
 STEP = """\
 `forward` clears the buffers in Python, which a replayed full CUDA graph does
 not run. An image token that is scheduled alone, as the last chunk of a
@@ -57,18 +46,6 @@ Qwen3-Omni that end in an image, a video or an audio.
 TESTS = """\
 On the model classes, without weights or a GPU.
 """
-
-
-@dataclass(frozen=True)
-class Commit:
-    subject: str
-    body: str
-    files: dict[str, bytes]
-
-
-def affected(release: releases.Release) -> bool:
-    """Whether the release is from before #43617."""
-    return release.version < Version("0.23")
 
 
 def series(release: releases.Release, sources: Path) -> list[Commit]:
@@ -101,15 +78,17 @@ def series(release: releases.Release, sources: Path) -> list[Commit]:
     mixin = {MIXIN: overlay[MIXIN].replace(LICENSE, LICENSE + COPYRIGHT)}
     lasting = {path: reduced(ours, methods=True) for path, ours in overlay.items()}
     bases = {path: reduced(ours, methods=False) for path, ours in lasting.items()}
-    home = "[Model] Give DeepStack's buffers one home", HOME
-    contract = "[Bugfix] Give the compiled decoder its DeepStack inputs", CONTRACT
     return [
-        Commit(*(contract if affected(release) else home), mixin | merged(bases.items())),
+        Commit(
+            "[Bugfix] Give the compiled decoder its DeepStack inputs",
+            CONTRACT,
+            mixin | merged(bases.items()),
+        ),
         Commit("[Bugfix] End DeepStack features with their step", STEP, merged(lasting.items())),
         Commit(
             "[Test] DeepStack features reach their step, and no other",
             TESTS,
-            {TEST: (Path(__file__).parent / TEST).read_bytes()},
+            {TEST: (Path(__file__).parent / "0.22.1" / TEST).read_bytes()},
         ),
     ]
 
@@ -137,51 +116,3 @@ def for_releases(statement: Statement) -> bool:
     return any(
         line.comment and RELEASE.match(line.comment.value) for line in leading_lines(statement)
     )
-
-
-class Checkout:
-    """A repository with files of the sources as its first commit, by whoever is at work.
-
-    Raises:
-        UserError: git does not know who that is.
-    """
-
-    def __init__(self, root: Path, sources: Path, paths: Iterable[str]):
-        self.root = root
-        for path in paths:
-            (root / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(sources / path, root / path)
-        self.git("init", "--quiet", "--initial-branch=main")
-        for key in ("user.name", "user.email"):
-            if not self.git("config", key, check=False):
-                raise UserError(
-                    f"git has no {key}, and upstream wants commits signed off: "
-                    f"git config --global {key} …"
-                )
-        self.git("add", "--all")
-        self.git("commit", "--quiet", "--no-gpg-sign", "--message", "As released")
-
-    def git(self, *arguments: str, check: bool = True, stdin: str | None = None) -> str:
-        command = ["git", *arguments]
-        done = subprocess.run(command, cwd=self.root, capture_output=True, text=True, input=stdin)
-        if check and done.returncode:
-            raise UserError(f"git {arguments[0]}: {done.stderr.strip()}")
-        return done.stdout.strip()
-
-    def commit(self, commit: Commit) -> None:
-        for path, data in commit.files.items():
-            (self.root / path).parent.mkdir(parents=True, exist_ok=True)
-            (self.root / path).write_bytes(data)
-        # What a replaced method has used alone, upstream's linters want gone.
-        code = [path for path in commit.files if path.startswith("vllm/")]
-        ruff = ["ruff", "check", "--isolated", "--select", "F401", "--fix", "--quiet", *code]
-        if code:
-            subprocess.run([sys.executable, "-m", *ruff], cwd=self.root, check=True)
-        self.git("add", *commit.files)
-        message = f"{commit.subject}\n\n{commit.body}"
-        self.git("commit", "--quiet", "--no-gpg-sign", "--signoff", "--file", "-", stdin=message)
-
-    def patches(self, folder: Path) -> list[str]:
-        """Writes all commits but the first as patches. Returns the files' names."""
-        self.git("format-patch", "--quiet", "--output-directory", str(folder), "HEAD~3")
-        return sorted(path.name for path in folder.iterdir())
