@@ -10,6 +10,7 @@ import argparse
 import shutil
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 from packaging.version import Version
@@ -77,7 +78,7 @@ def write_pulls(release: releases.Release, sources: Path, root: Path, made: Path
         checkout.branch(pull.name, start)
         before = {path: (root / path).read_bytes() for path in there}
         changes = pull.changes(before, release.version)
-        checkout.commit(Commit(pull.title, pull.overview, changes))
+        checkout.commit(Commit(pull.title, textwrap.fill(pull.overview, 72), changes))
         checkout.patches(made / pull.name, start)
         (made / pull.name / "PULL_REQUEST.md").write_text(pull.description(template))
 

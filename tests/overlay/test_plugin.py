@@ -388,3 +388,23 @@ def test_compiles_what_was_verified(tmp_path):
     exec(loader.get_code("module"), namespace)
     assert namespace["VALUE"] == 1
     assert loader.get_source("module") == "VALUE = 1\n"
+
+
+@pytest.mark.optional
+@pytest.mark.timeout(600)
+def test_a_ray_worker(models, stock_tree, tmp_path):
+    """vLLM's own, in a process that Ray has started."""
+    ray = tmp_path / "ray"
+    install = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--target", str(ray), "ray"]
+    subprocess.run(install, check=True)
+    env = {"DEEPSTACK_DISABLE": "0", "HF_HUB_OFFLINE": "1", "RAY_AUTH_MODE": "disabled"}
+    env["PYTHONPATH"] = os.pathsep.join(map(str, (stock_tree, ray, ROOT)))
+    env["VLLM_CACHE_ROOT"] = str(tmp_path / "cache")
+    command = [sys.executable, "-m", "tests.overlay.ray_worker", str(models["qwen3_vl"])]
+    done = subprocess.run(command, cwd="/", env=os.environ | env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (told,) = (line for line in done.stdout.splitlines() if line.startswith("CPUWorker "))
+    assert told.startswith(f"CPUWorker {tmp_path}/cache/deepstack/")
+    says = "vLLM 0.22.1, DeepStack fixes for "
+    logged = (done.stdout + done.stderr).splitlines()
+    assert sum("RayWorkerWrapper" in line and says in line for line in logged) == 1
