@@ -252,8 +252,8 @@ ON_A_CPU = {
 @pytest.mark.parametrize(
     "name",
     [
-        # For the others vLLM inspects the changed models first, for a minute each.
-        pytest.param(name, marks=pytest.mark.optional if name[0] in "236" else ())
+        # In the others' tests vLLM inspects the changed models first, for a minute each.
+        pytest.param(name, marks=() if name == "5-omni-prompts" else pytest.mark.optional)
         for name in ON_A_CPU
     ],
 )
