@@ -1,7 +1,7 @@
 """Write pull requests to vLLM: patches for `git am`, and the texts of their descriptions.
 
-For 0.33.0: several small ones, a private report that goes first, and how to send them. For one
-before 0.23: a backport, as a branch for those who maintain it.
+For 0.33.0: several small ones, a private report that goes first, and how to send them. For a
+release before 0.23: a backport, a branch for those who maintain that release.
 """
 
 from __future__ import annotations

@@ -13,13 +13,12 @@ from tools.overlay.merge import RELEASE, merge
 from tools.overlay.syntax import Statement, leading_lines, statements, with_statements
 
 from .checkout import Commit
+from .pulls import LICENSE
 
 MODELS = "vllm/model_executor/models"
 MIXIN = f"{MODELS}/deepstack.py"
 USERS = (f"{MODELS}/qwen3_vl.py", f"{MODELS}/qwen3_omni_moe_thinker.py")
 TEST = "tests/models/multimodal/test_deepstack.py"
-LICENSE = b"# SPDX-License-Identifier: Apache-2.0\n"
-COPYRIGHT = b"# SPDX-FileCopyrightText: Copyright contributors to the vLLM project\n"
 
 CONTRACT = """\
 Compiled, Qwen3-VL and Qwen3-Omni's thinker drop DeepStack features: the
@@ -40,8 +39,8 @@ users' requests included.
 
 `embed_input_ids` runs at every step, whatever graph follows: it now begins
 with clearing what is left. `prompt_embeds`, which come among the embeddings
-and have no levels, are no longer an error beside images, and neither are prompts of
-Qwen3-Omni that end in an image, a video or an audio.
+and have no levels, are no longer an error beside images, and neither are
+prompts of Qwen3-Omni that end in an image, a video or an audio.
 """
 TESTS = """\
 On the model classes, without weights or a GPU.
@@ -75,7 +74,7 @@ def series(release: releases.Release, sources: Path) -> list[Commit]:
             if path in release.sources
         }
 
-    mixin = {MIXIN: overlay[MIXIN].replace(LICENSE, LICENSE + COPYRIGHT)}
+    mixin = {MIXIN: LICENSE + overlay[MIXIN].partition(b"\n")[2]}  # its first line is in LICENSE
     lasting = {path: reduced(ours, methods=True) for path, ours in overlay.items()}
     bases = {path: reduced(ours, methods=False) for path, ours in lasting.items()}
     return [

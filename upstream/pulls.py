@@ -7,7 +7,6 @@ upstream/0.33.0/1-clear-deepstack/README.md          title, and the template's s
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -106,14 +105,3 @@ class Pull:
 def pulls(release: Version) -> list[Pull]:
     """Those for a release, in the order in which they are sent."""
     return [Pull(folder) for folder in sorted((HERE / str(release)).glob("[1-9]-*"))]
-
-
-def lines(before: Mapping[str, bytes], after: Mapping[str, bytes]) -> tuple[int, int]:
-    """How many a change adds, and how many it removes."""
-    plus = minus = 0
-    for path, new in after.items():
-        old = before.get(path, b"").decode().splitlines()
-        for line in difflib.unified_diff(old, new.decode().splitlines(), n=0, lineterm=""):
-            plus += line.startswith("+") and not line.startswith("+++")
-            minus += line.startswith("-") and not line.startswith("---")
-    return plus, minus

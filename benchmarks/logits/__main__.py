@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-CARDS = ("h100", "h200")  # in the order in which they ran
+CARDS = ("H100", "H200")  # in the order in which they ran
 MODES = {
     "default": "vLLM's default",
     "V1": "`VLLM_USE_V2_MODEL_RUNNER=0`",
@@ -32,7 +32,7 @@ def read(name: str) -> list[Row]:
     """Of `NAME.json`, and `NAME.2.json`, …: of a test that ran again, the last run."""
     rows: list[Row] = []
     for card in CARDS:
-        files = (RESULTS / card).glob(f"{name}.*json")
+        files = (RESULTS / card.lower()).glob(f"{name}.*json")
         for file in sorted(files, key=lambda file: (len(file.name), file)):
             again = [row | {"card": card} for row in json.loads(file.read_text())["rows"]]
             tests = {row["test"] for row in again}
@@ -50,7 +50,7 @@ def others(name: str) -> list[str]:
         file, _, test = row["test"].partition("::")
         if not file.endswith(("test_logits.py", "test_gpu_leaks.py")) and "largest" in row:
             figures = [row["requests"] or "–", row.get("wrong", "–"), f"{row['largest']:.2g}"]
-            cells = [f"`{test}`", row["outcome"], *figures, row["card"].upper()]
+            cells = [f"`{test}`", row["outcome"], *figures, row["card"]]
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
 
@@ -72,7 +72,7 @@ def cell(rows: list[Row], count: int) -> str:
     requests = sum(int(row.get("requests") or row["samples"]) for row in rows)
     wrong = sum(row["wrong"] for row in rows)
     largest = max(row["largest"] for row in rows)
-    cards = {row["card"].upper() for row in rows} - {CARDS[0].upper()}
+    cards = {row["card"] for row in rows} - {CARDS[0]}
     where = f" ({', '.join(cards)})" if cards else ""
     return f"{wrong} of {requests}, {f'{largest:.2g}' if largest else 'bit-identical'}{where}"
 

@@ -22,12 +22,9 @@ def main(model: str) -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.executor.ray_utils import RayWorkerWrapper
 
-    options = {
-        "max_model_len": 512,
-        "dtype": "float32",
-        "gpu_memory_utilization": 0.3,
-    }  # of a CPU's
-    config = EngineArgs(model, **options).create_engine_config()
+    # Of a CPU's memory, too.
+    args = EngineArgs(model, max_model_len=512, dtype="float32", gpu_memory_utilization=0.3)
+    config = args.create_engine_config()
     ray.init(num_cpus=1, include_dashboard=False)
     worker = ray.remote(num_cpus=1)(RayWorkerWrapper).remote(rpc_rank=0)
     kwargs = {"vllm_config": config, "local_rank": 0, "rank": 0, "is_driver_worker": True}
