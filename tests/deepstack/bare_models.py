@@ -106,10 +106,8 @@ def make(name: str, rows: int = ROWS, **kind):
     if name == "granite4_vision":
         model._ds_layer_indices, model._ds_num_tokens = list(range(LEVELS)), 0
         model._ds_buffers = buffers
-    elif name == "moss_audio" and "DeepStackMixin" not in [
-        base.__name__ for base in type(model).__mro__
-    ]:
-        model.deepstack_input_embeds = None
+    elif name == "moss_audio":
+        model.deepstack_input_embeds, model._deepstack_buffers = None, buffers
     else:
         model.deepstack_input_embeds = buffers
         model.deepstack_input_embeds_num_tokens = 0

@@ -82,7 +82,7 @@ def name(request):
 
 
 def buffers_of(model) -> list[tuple[tuple[int, ...], str]]:
-    return [(tuple(buffer.shape), buffer.device.type) for buffer in model.deepstack_input_embeds]
+    return [(tuple(buffer.shape), buffer.device.type) for buffer in model._deepstack_buffers]
 
 
 EXPECTED = [((TOKENS, tiny_models.HIDDEN), "cpu")] * LEVELS

@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Granite 4 Vision: registers and clears its own buffers, one per level."""
+"""Granite 4 Vision: lists and clears its own buffers, one per level."""
+
+from .deepstack import DeepStackMixin
 
 
 class Granite4VisionForConditionalGeneration:
-    def __init__(self, *, vllm_config, prefix=""):
-        ...
-        # D7. Up to 0.25.1, `reload_weights` overwrites the buffers of modules that have
-        # parameters. These are in a module that has none.
-        self.deepstack_buffers = torch.nn.Module()
-        for level, buffer in enumerate(self._ds_buffers):
-            self.deepstack_buffers.register_buffer(f"{level}", buffer, persistent=False)
+    _deepstack_buffers = property(lambda self: self._ds_buffers)
+    named_buffers = DeepStackMixin.named_buffers  # D7
 
     def embed_input_ids(
         self,

@@ -7,21 +7,19 @@ from .utils import StageMissingLayer
 
 
 class MossAudioModel(DeepStackMixin):
+    deepstack_input_embeds = None  # as upstream's: what the decoder gets in a step
+
     def __init__(self, *, vllm_config, prefix=""):
         ...
         if not isinstance(self.audio_encoder, StageMissingLayer):
             rows = vllm_config.scheduler_config.max_num_batched_tokens
             size = rows, language_config.hidden_size
-            self.deepstack_input_embeds = [
-                torch.zeros(size) for _ in range(deepstack_k)
-            ]
+            self._deepstack_buffers = [torch.zeros(size) for _ in range(deepstack_k)]
 
     def _cache_deepstack_input_embeds(
         self, inputs_embeds, deepstack_embeddings, is_multimodal
     ):
         ...
-        # remove
-        self.deepstack_input_embeds = IntermediateTensors(data)
         self._set_deepstack_input_embeds(torch.stack(list(data.values())))
 
     def embed_input_ids(
@@ -38,8 +36,8 @@ class MossAudioModel(DeepStackMixin):
         inputs_embeds=None,
         **kwargs,
     ):
-        if intermediate_tensors is None:
-            # remove
-            deepstack_input_embeds = self.deepstack_input_embeds
-            deepstack_input_embeds = self._get_deepstack_input_embeds(len(positions))
+        if intermediate_tensors is None and self._deepstack_buffers:
+            self.deepstack_input_embeds = self._get_deepstack_input_embeds(
+                len(positions)
+            )
         ...

@@ -51,6 +51,7 @@ class Qwen3OmniMoeThinkerForConditionalGeneration(DeepStackMixin):
         rows |= (ids == self.config.video_token_id) & is_multimodal
         others = [e for e in multimodal_embeddings if e.size(1) == size]
         vision = [e for e in multimodal_embeddings if e.size(1) != size]
+        rows &= bool(vision)  # an encoder without levels: all are alike
         payload, main = self._compute_deepstack_embeds(inputs_embeds, vision, rows)
         if payload is not None:
             self._set_deepstack_input_embeds(payload)
