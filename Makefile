@@ -14,6 +14,8 @@ export VLLM_CPU_KVCACHE_SPACE ?= 1
 # The environments have the plugin; the targets run each vLLM as its files are.
 export DEEPSTACK_DISABLE ?= 1
 unexport PYTHONPATH
+# Without bytecode, each process of an engine compiles vLLM, PyTorch and Transformers anew: 10 s.
+unexport PYTHONDONTWRITEBYTECODE
 
 FORK := $(shell sed -n 's/^__version__ = "\(.*\)".*/\1/p' tools/__init__.py)
 BUILD := VLLM_RELEASE=$(RELEASE) .venv/bin/python -m build --wheel --installer uv

@@ -35,8 +35,8 @@ def pytest_addoption(parser):
     parser.addoption(
         "--bites",
         metavar="VARIANT",
-        help="the vLLM that is imported is a broken one (stock, pr43617, newest, 0.20.1): run the "
-        "tests that are said to fail on it, and expect each to fail",
+        help="the vLLM that is imported is a broken one (stock, pr43617, newest, 0.20.1, 0.25.1): "
+        "run the tests that are said to fail on it, and expect each to fail",
     )
     parser.addoption("--optional", action="store_true", help="run those marked optional, too")
     parser.addoption("--figures", metavar="FILE", help="write what the tests measured as JSON")
@@ -104,7 +104,8 @@ def variants() -> dict[str, Version]:
     """Broken vLLMs, and the releases that they are, or are made of."""
     default = releases.default().version
     newest = max(releases.releases())
-    return {"stock": default, "pr43617": default, "newest": newest, "0.20.1": Version("0.20.1")}
+    made = {"stock": default, "pr43617": default, "newest": newest}
+    return made | {version: Version(version) for version in ("0.20.1", "0.25.1")}
 
 
 def said(item, marker: str, variant: str) -> bool:

@@ -96,7 +96,9 @@ def make(name: str, rows: int = ROWS, **kind):
         video_token_id=VIDEO,
         audio_token_id=AUDIO,
     )
-    model.multimodal_config = SimpleNamespace(enable_mm_embeds=False)
+    model.multimodal_config = SimpleNamespace(
+        enable_mm_embeds=False, language_model_only=False, allow_missing_mm_embeddings=False
+    )
     model.visual = SimpleNamespace(deepstack_visual_indexes=list(range(LEVELS)))
     model.use_deepstack, model.deepstack_num_level = True, LEVELS
     model.visual_dim, model.multiscale_dim = HIDDEN, LEVELS * HIDDEN
@@ -112,6 +114,12 @@ def make(name: str, rows: int = ROWS, **kind):
         model.deepstack_input_embeds = buffers
         model.deepstack_input_embeds_num_tokens = 0
     return model
+
+
+def buffers_of(model) -> list[torch.Tensor]:
+    """By level, in the fork and in the releases: MOSS-Audio's have none."""
+    names = ("_deepstack_buffers", "_ds_buffers", "deepstack_input_embeds")
+    return next(filter(None, (getattr(model, name, None) for name in names)), [])
 
 
 def payload(tokens: int, seed: int = 0) -> torch.Tensor:

@@ -21,6 +21,7 @@ from .bare_models import (
     OMNI,
     ROWS,
     SHARED,
+    buffers_of,
     encoded,
     load,
     make,
@@ -226,24 +227,28 @@ def test_growing_leaves_no_other_buffers_registered(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_weights_are_reloaded_around_the_buffers(name):
-    """vLLM's `reload_weights`: a graph has captured the buffers' addresses."""
+def test_weights_are_reloaded_around_the_buffers(name, monkeypatch):
+    """vLLM's `reload_weights`: a graph has captured the buffers' addresses. It does not warn of
+    buffers that no checkpoint has."""
     reload = import_module("vllm.model_executor.model_loader.reload")
+    warnings = []
+    logger = import_module(f"{reload.__name__}.layerwise").logger
+    monkeypatch.setattr(logger, "warning", lambda *args: warnings.append(args))
     model = make(name)
     if name == "granite4_vision":
         model.image_newline = torch.nn.Parameter(torch.ones(HIDDEN), requires_grad=False)
-    of = "_ds_buffers" if name == "granite4_vision" else "_deepstack_buffers"
-    for level, buffer in enumerate(getattr(model, of)):
+    for level, buffer in enumerate(buffers_of(model)):
         buffer.fill_(level + 1)
-    addresses = [buffer.data_ptr() for buffer in getattr(model, of)]
+    addresses = [buffer.data_ptr() for buffer in buffers_of(model)]
     reload.record_metadata_for_reloading(model)
     reload.initialize_layerwise_reload(model)
     if name == "granite4_vision":
         loader = model.image_newline.weight_loader
         loader(model.image_newline, torch.full((HIDDEN,), 2.0))
     reload.finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.float32))
-    assert [buffer.data_ptr() for buffer in getattr(model, of)] == addresses
-    for level, buffer in enumerate(getattr(model, of)):
+    assert type(model).__name__ not in str(warnings)
+    assert [buffer.data_ptr() for buffer in buffers_of(model)] == addresses
+    for level, buffer in enumerate(buffers_of(model)):
         assert buffer.eq(level + 1).all()
 
 
@@ -259,10 +264,9 @@ def test_weight_cache_shares_no_staging(name):
     }
     state = SimpleNamespace(entries=entries, aliases={})
     loader.IpcModelLoader._apply_entries(SimpleNamespace(mode="zero_copy"), engine, state, 0)
-    of = "_ds_buffers" if name == "granite4_vision" else "_deepstack_buffers"
-    for buffer in getattr(engine, of):
+    for buffer in buffers_of(engine):
         buffer.fill_(1)
-    assert all(buffer.eq(0).all() for buffer in getattr(daemon, of))
+    assert all(buffer.eq(0).all() for buffer in buffers_of(daemon))
 
 
 def without_tower(model, enable_mm_embeds: bool):
@@ -287,6 +291,25 @@ def test_text_only_engines_make_no_buffers(name):
     model = without_tower(make(name), enable_mm_embeds=False)
     model.use_deepstack = True  # as up to 0.27.1, which do not look at the tower
     assert model.use_deepstack is False
+
+
+@pytest.mark.release(">=0.30,<0.33")
+@pytest.mark.parametrize("from_encoders", [False, True])
+def test_kv_consumers_of_text_alone_make_no_buffers(name, from_encoders):
+    """vLLM gives them `enable_mm_embeds` unasked. Those that encoders send embeddings to have them
+    for a reason."""
+    config = import_module("vllm.config")
+    model = without_tower(make(name), enable_mm_embeds=True)
+    model.multimodal_config.language_model_only = True
+    model.multimodal_config.allow_missing_mm_embeddings = True
+    transfer = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+    own = {"kv_transfer_config": config.KVTransferConfig(**transfer)}
+    if from_encoders:
+        transfer = {"ec_connector": "ECExampleConnector", "ec_role": "ec_consumer"}
+        own["ec_transfer_config"] = config.ECTransferConfig(**transfer)
+    with config.set_current_vllm_config(config.VllmConfig(**own)):
+        model.use_deepstack = True
+    assert model.use_deepstack is from_encoders
 
 
 def test_engines_that_are_sent_embeddings_stage_their_levels(name):

@@ -12,7 +12,7 @@ import torch
 
 from tests import tiny_models
 
-from .bare_models import LEVELS, OMNI
+from .bare_models import LEVELS, OMNI, buffers_of
 
 bites = pytest.mark.bites
 TOKENS = 512
@@ -81,8 +81,8 @@ def name(request):
     return request.param
 
 
-def buffers_of(model) -> list[tuple[tuple[int, ...], str]]:
-    return [(tuple(buffer.shape), buffer.device.type) for buffer in model._deepstack_buffers]
+def made_by(model) -> list[tuple[tuple[int, ...], str]]:
+    return [(tuple(buffer.shape), buffer.device.type) for buffer in buffers_of(model)]
 
 
 EXPECTED = [((TOKENS, tiny_models.HIDDEN), "cpu")] * LEVELS
@@ -92,7 +92,7 @@ EXPECTED = [((TOKENS, tiny_models.HIDDEN), "cpu")] * LEVELS
 def test_with_a_tower(name, engine_config):
     """D7: registered, and not in a checkpoint."""
     model = initialize(engine_config(name))
-    assert buffers_of(model) == EXPECTED
+    assert made_by(model) == EXPECTED
     found = [buffer for key, buffer in model.named_buffers() if "deepstack" in key]
     assert [tuple(buffer.shape) for buffer in found] == [shape for shape, _ in EXPECTED]
     assert not any("deepstack_input" in key for key in model.state_dict())
@@ -110,7 +110,7 @@ def test_without_a_tower_and_sent_embeddings(name, engine_config):
     """D15."""
     model = initialize(engine_config(name, **NO_TOWER, enable_mm_embeds=True))
     assert model.use_deepstack
-    assert buffers_of(model) == EXPECTED
+    assert made_by(model) == EXPECTED
 
 
 @bites("stock", "pr43617", "newest")
@@ -132,7 +132,7 @@ def test_omni_takes_a_first_stage_of_just_enough(engine_config, monkeypatch):
     monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "3,1")
     monkeypatch.setattr(get_pp_group(), "world_size", 2)
     monkeypatch.setattr(get_pp_group(), "ranks", [0, 1])
-    assert buffers_of(initialize(engine_config(OMNI))) == EXPECTED
+    assert made_by(initialize(engine_config(OMNI))) == EXPECTED
 
 
 def moss_audio(engine_config, **options):
@@ -149,7 +149,7 @@ def moss_audio(engine_config, **options):
 @bites("newest")
 def test_moss_audio(engine_config):
     model = moss_audio(engine_config)
-    assert buffers_of(model) == EXPECTED[:2]
+    assert made_by(model) == EXPECTED[:2]
     assert len([key for key, _ in model.named_buffers() if "deepstack" in key]) == 2
 
 
@@ -182,7 +182,7 @@ def test_granite_4_vision(engine_config):
     with set_current_vllm_config(config):
         model = module.Granite4VisionForConditionalGeneration(vllm_config=config)
     found = [buffer for key, buffer in model.named_buffers() if "deepstack" in key]
-    assert [id(buffer) for buffer in found] == [id(buffer) for buffer in model._ds_buffers]
+    assert [id(buffer) for buffer in found] == [id(buffer) for buffer in buffers_of(model)]
     assert [tuple(buffer.shape) for buffer in found] == [(TOKENS, 64)] * 4
     assert not any("deepstack" in key for key in model.state_dict())
     assert torch.stack(found).eq(0).all()

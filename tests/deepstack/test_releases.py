@@ -94,6 +94,7 @@ def test_contract_holds_on(version, run_tests, unpacked, tmp_path):
         ("pr43617", DEFAULT, 90),
         ("newest", NEWEST, 100),
         ("0.20.1", "0.20.1", 3),
+        ("0.25.1", "0.25.1", 2),
     ],
 )
 def test_broken_variants_break_the_contract(variant, version, fail, run_tests, unpacked, tmp_path):

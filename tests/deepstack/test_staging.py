@@ -108,6 +108,39 @@ def test_audio_in_video(alternating, order):
             assert inputs[rows].equal(torch.cat(parts))
 
 
+@pytest.mark.bites("stock", "pr43617", "0.25.1")
+@pytest.mark.parametrize("first", [True, False])
+def test_audio_in_video_beside_an_image(first):
+    """D21: upstream told them apart by their lengths, up to 0.25.1."""
+    model, image, video = make(OMNI), [IMAGE, IMAGE], [VIDEO, AUDIO, VIDEO, VIDEO, AUDIO, VIDEO]
+    tokens = [TEXT, *image, TEXT, *video] if first else [TEXT, *video, TEXT, *image]
+    embeddings = [embeds_for(VIDEO, 4, 1), embeds_for(AUDIO, 2, 2)]
+    embeddings.insert(0 if first else 2, embeds_for(IMAGE, 2, 3))
+    inputs = embed(model, tokens, embeddings)
+    for embeds, kind in zip(embeddings, (IMAGE, VIDEO, AUDIO) if first else (VIDEO, AUDIO, IMAGE)):
+        rows = [row for row, token in enumerate(tokens) if token == kind]
+        assert inputs[rows].equal(embeds[:, :HIDDEN])
+    assert read(model, len(tokens)).equal(expected(tokens, embeddings))
+
+
+@pytest.mark.parametrize("tokens", [STEP, [TEXT, IMAGE, AUDIO], [VIDEO, AUDIO, VIDEO, AUDIO]])
+def test_omni_with_an_encoder_without_levels(tokens):
+    """Its media's embeddings are as wide as an audio's. As released."""
+    model = make(OMNI)
+    model.visual.deepstack_visual_indexes = model.config.vision_config.deepstack_visual_indexes = []
+    model.deepstack_num_level, model.deepstack_input_embeds = 0, []
+    model._deepstack_buffers = []
+    kinds = [kind for kind in (IMAGE, VIDEO, AUDIO) if kind in tokens]
+    embeddings = [encoded(tokens.count(kind), kind, HIDDEN) for kind in kinds]
+    for kind, embeds in zip(kinds, embeddings):
+        embeds.modality = {IMAGE: "image", VIDEO: "video", AUDIO: "audio"}[kind]
+    inputs = embed(model, tokens, embeddings)
+    for kind, embeds in zip(kinds, embeddings):
+        rows = [row for row, token in enumerate(tokens) if token == kind]
+        assert inputs[rows].equal(embeds)
+    assert model._get_deepstack_input_embeds(len(tokens)) is None
+
+
 @pytest.mark.parametrize("name", ["qwen3_vl", OMNI])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("offset, extra", [(0, 0), (1, 5)])

@@ -90,10 +90,11 @@ class Engine:
 
 
 def main(connection: Connection, options: list[str]) -> None:
-    import torch
+    from vllm.platforms import current_platform
 
-    # Not `is_available()`: workers that fork off from this process could not use CUDA then.
-    if torch.version.cuda is None:
+    # Not PyTorch's build, which may be CUDA's on any machine, and not `torch.cuda.is_available()`:
+    # workers that fork off from this process could not use CUDA then.
+    if current_platform.is_cpu():
         options = [*options, "--worker-extension-cls", "tests.serving.unpinned.Unpinned"]
     llm = make_engine(options)
     while True:

@@ -130,12 +130,17 @@ class Model:
     methods: dict[str, ast.FunctionDef] = field(default_factory=dict)
     setters: dict[str, ast.FunctionDef] = field(default_factory=dict)
     """The setters of properties. Setting such an attribute is a call."""
+    bound: set[str] = field(default_factory=set)
+    """All names that the classes' bodies bind."""
 
     def __post_init__(self) -> None:
         for cls in self.code.lineage(self.kind.file, self.kind.name):
             for node in cls.body:
+                if isinstance(node, ast.Assign):
+                    self.bound.update(name for target in node.targets for name in names(target))
                 if not isinstance(node, ast.FunctionDef):
                     continue
+                self.bound.add(node.name)
                 setter = any(
                     isinstance(d, ast.Attribute) and d.attr == "setter" for d in node.decorator_list
                 )
@@ -146,6 +151,14 @@ class Model:
 
     def unreadable(self, problem: str) -> Unreadable:
         return Unreadable(f"{self.code.root / self.kind.file}: {problem}")
+
+    @cached_property
+    def storage(self) -> set[str]:
+        """The attribute that what is staged waits in; of a property, what it returns as well."""
+        getter = self.methods.get(self.kind.storage)
+        nodes = ast.walk(getter) if getter else ()
+        returned = [n.value for n in nodes if isinstance(n, ast.Return) and n.value]
+        return {self.kind.storage, *filter(None, map(own_attribute, returned))}
 
     def walk(self, *nodes: ast.AST) -> Iterator[ast.AST]:
         """All that runs there, in methods that are called as well."""
@@ -190,8 +203,7 @@ class Model:
         for name in {*methods, *filter(None, map(own_attribute, self.reached(*methods)))}:
             node = self.methods.get(name)
             if node and any(
-                own_attribute(target) == self.kind.storage
-                and not isinstance(part.value, ast.Constant)
+                own_attribute(target) in self.storage and not isinstance(part.value, ast.Constant)
                 for part in ast.walk(node)
                 if isinstance(part, ast.Assign)
                 for target in part.targets
@@ -327,8 +339,10 @@ def leaves_tail(model: Model) -> bool:
 
 
 def unregistered(model: Model) -> bool:
-    if (setter := model.setters.get(model.kind.storage)) is not None:
-        return "register_buffer" not in names(setter)
+    """Not in `named_buffers()`, which a class may also define itself."""
+    setter = model.setters.get(model.kind.storage)
+    if "named_buffers" in model.bound or (setter and "register_buffer" in names(setter)):
+        return False
     return not any(
         {"register_buffer", model.kind.storage} <= {*names(statement)}
         for statement in ast.walk(model.methods[INIT])

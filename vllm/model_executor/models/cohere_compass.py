@@ -13,6 +13,9 @@ class CohereCompassMultiModalProcessor:
 
 
 class CohereCompassForConditionalGeneration(DeepStackMixin):
+    # release: <0.33
+    _kv_consumers_get_mm_embeds = True
+
     def embed_input_ids(
         self, input_ids, multimodal_embeddings=None, *, is_multimodal=None
     ):

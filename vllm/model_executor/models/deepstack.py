@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from vllm.config import get_current_vllm_config_or_none
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 from vllm.utils import random_uuid
@@ -18,8 +19,8 @@ from .utils import StageMissingLayer, _merge_multimodal_embeddings
 
 
 class DeepStackMixin(torch.nn.Module):
-    """`embed_input_ids` runs in Python at each step, whatever graph follows: it clears,
-    then stages. `forward`, upstream's own, reads and clears.
+    """`embed_input_ids` runs in Python at every step, whatever graph follows: it clears
+    what an earlier step left, then stages. `forward`, upstream's own, reads and clears.
 
     - Reading gives the same tensors at every step, zeros where nothing is staged: a
       decoder compiled or captured without features sees them later (D1, #43617).
@@ -30,12 +31,15 @@ class DeepStackMixin(torch.nn.Module):
 
     deepstack_input_embeds_num_tokens: int = 0
     """How many rows, from the first, may hold a payload. The rest are zeros."""
-    _deepstack_buffers: list[torch.Tensor] = []  # `[tokens, hidden_size]`, by level
+    _deepstack_buffers: list[torch.Tensor] = []
     _deepstack_rows_read: int = 0
     _use_deepstack: bool = False
+    _is_ec_consumer: bool = False
+    _kv_consumers_get_mm_embeds: bool = False  # by vLLM itself, 0.30.0 to 0.32.0
 
     @property
     def deepstack_input_embeds(self) -> list[torch.Tensor]:
+        """`[max_num_batched_tokens, hidden_size]` by level; empty until set."""
         return self._deepstack_buffers
 
     @deepstack_input_embeds.setter
@@ -59,14 +63,20 @@ class DeepStackMixin(torch.nn.Module):
     def use_deepstack(self) -> bool:
         """Whether the model has levels. If its encoder is not loaded (limits of 0),
         whether requests can send embeddings that have them."""
-        if isinstance(getattr(self, "visual", None), StageMissingLayer):
-            levels = getattr(self.config.vision_config, "deepstack_visual_indexes", ())
-            return self.multimodal_config.enable_mm_embeds and len(levels) > 0
-        return self._use_deepstack
+        if not isinstance(getattr(self, "visual", None), StageMissingLayer):
+            return self._use_deepstack
+        mm, vision = self.multimodal_config, self.config.vision_config
+        unasked = self._kv_consumers_get_mm_embeds and not self._is_ec_consumer
+        if unasked and mm.allow_missing_mm_embeddings and mm.language_model_only:
+            return False  # a KV consumer that takes text alone
+        levels = getattr(vision, "deepstack_visual_indexes", None)
+        return mm.enable_mm_embeds and bool(levels)
 
     @use_deepstack.setter
     def use_deepstack(self, value: bool) -> None:
         self._use_deepstack = value
+        ec = getattr(get_current_vllm_config_or_none(), "ec_transfer_config", None)
+        self._is_ec_consumer = ec is not None and ec.is_ec_consumer
 
     def _get_deepstack_input_embeds(self, num_tokens: int):
         """Views `[num_tokens, hidden_size]`, by level; `None` without buffers."""
@@ -88,14 +98,16 @@ class DeepStackMixin(torch.nn.Module):
             self._deepstack_buffers = [pad(b, (0, 0, 0, missing)) for b in buffers]
 
     def _set_deepstack_input_embeds(self, deepstack_input_embeds: torch.Tensor) -> None:
-        """Stages a payload, `[levels, num_tokens, hidden_size]`, in place of any."""
+        """Stages a payload, `[levels, num_tokens, hidden_size]`, in place of any other.
+        Raises ValueError if its levels or hidden size are not the buffers'."""
         if not (buffers := self._deepstack_buffers):
             return
         levels, num_tokens, size = deepstack_input_embeds.shape
-        given = f"{levels} levels, hidden size {size}"
-        wanted = f"{len(buffers)} levels, hidden size {buffers[0].size(1)}"
-        if given != wanted:
-            raise ValueError(f"DeepStack payload of {given}, for buffers of {wanted}")
+        if (levels, size) != (len(buffers), buffers[0].size(1)):
+            raise ValueError(
+                f"DeepStack payload of {levels} levels, hidden size {size}, for "
+                f"buffers of {len(buffers)} levels, hidden size {buffers[0].size(1)}"
+            )
         self._clear_deepstack_input_embeds(self.deepstack_input_embeds_num_tokens)
         self._resize_deepstack_input_embeds(num_tokens)
         for buffer, level in zip(self._deepstack_buffers, deepstack_input_embeds):
@@ -103,8 +115,9 @@ class DeepStackMixin(torch.nn.Module):
         self.deepstack_input_embeds_num_tokens = num_tokens
 
     def _clear_deepstack_input_embeds(self, num_tokens: int) -> None:
-        """Zeros the first `num_tokens` rows of what is staged; not in a `forward` that
-        is traced, or beside another micro-batch: then the next step does."""
+        """Zeros the first `num_tokens` rows of what is staged. Not while Dynamo traces
+        `forward`, or while another micro-batch may still read: then the next step's
+        `embed_input_ids` does."""
         if torch.compiler.is_compiling() or dbo_enabled():
             return
         staged = self.deepstack_input_embeds_num_tokens
@@ -121,8 +134,8 @@ class DeepStackMixin(torch.nn.Module):
         is_multimodal: torch.Tensor,
     ) -> tuple[torch.Tensor | None, Sequence[torch.Tensor]]:
         """Splits embeddings, `[tokens, (1 + levels) * hidden_size]`: the levels as a
-        payload, if there are any, and the decoder's inputs.
-        `prompt_embeds` come among them, `[tokens, hidden_size]` (D14)."""
+        payload, if there are any, and the decoder's inputs. `prompt_embeds` come among
+        them, `[tokens, hidden_size]` (D14)."""
         num_tokens, size = inputs_embeds.shape
         levels = [e[:, size:] for e in multimodal_embeddings if e.size(1) > size]
         if not levels:

@@ -24,6 +24,9 @@ class Qwen3OmniMoeThinkerMultiModalProcessor:
 
 
 class Qwen3OmniMoeThinkerForConditionalGeneration(DeepStackMixin):
+    # release: >=0.30,<0.33
+    _kv_consumers_get_mm_embeds = True
+
     def __init__(self, *, vllm_config, prefix=""):
         ...
         layers, levels = self.language_model.model.end_layer, self.deepstack_num_level
@@ -38,27 +41,27 @@ class Qwen3OmniMoeThinkerForConditionalGeneration(DeepStackMixin):
         self, input_ids, multimodal_embeddings=None, *, is_multimodal=None
     ):
         self._clear_deepstack_input_embeds(self.deepstack_input_embeds_num_tokens)
-        inputs_embeds = self._embed_text_input_ids(
-            input_ids, self.language_model.embed_input_ids, is_multimodal=is_multimodal
-        )
-        if multimodal_embeddings is None or len(multimodal_embeddings) == 0:
-            return inputs_embeds
-        # By token id: with `use_audio_in_video`, a video's and its audio's tokens
-        # alternate, and all of the video's embeddings come first. Only image and video
-        # tokens have levels (D14).
-        ids, size = input_ids.to(is_multimodal.device), inputs_embeds.size(1)
-        rows = (ids == self.config.image_token_id) & is_multimodal
-        rows |= (ids == self.config.video_token_id) & is_multimodal
-        others = [e for e in multimodal_embeddings if e.size(1) == size]
-        vision = [e for e in multimodal_embeddings if e.size(1) != size]
-        rows &= bool(vision)  # an encoder without levels: all are alike
-        payload, main = self._compute_deepstack_embeds(inputs_embeds, vision, rows)
-        if payload is not None:
+        size = self.config.text_config.hidden_size
+        vision = [e for e in multimodal_embeddings or () if e.size(1) != size]
+        if vision:
+            inputs_embeds = self._embed_text_input_ids(
+                input_ids,
+                self.language_model.embed_input_ids,
+                is_multimodal=is_multimodal,
+            )
+            # By token id: with `use_audio_in_video`, a video's and its audio's tokens
+            # alternate, and all of the video's embeddings come first (D21). Only image
+            # and video tokens have levels (D14).
+            ids = input_ids.to(is_multimodal.device)
+            rows = (ids == self.config.image_token_id) & is_multimodal
+            rows |= (ids == self.config.video_token_id) & is_multimodal
+            others = [e for e in multimodal_embeddings if e.size(1) == size]
+            payload, main = self._compute_deepstack_embeds(inputs_embeds, vision, rows)
             self._set_deepstack_input_embeds(payload)
-        _merge_multimodal_embeddings(inputs_embeds, main, rows)
-        return _merge_multimodal_embeddings(
-            inputs_embeds, others, is_multimodal & ~rows
-        )
+            _merge_multimodal_embeddings(inputs_embeds, main, rows)
+            rows = is_multimodal & ~rows
+            return _merge_multimodal_embeddings(inputs_embeds, others, rows)
+        ...
 
     def get_mrope_input_positions(self, input_tokens, mm_features):
         """D12. Media take their grids. Text continues after the largest position."""
