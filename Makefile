@@ -23,9 +23,11 @@ SOURCES := setup.py pyproject.toml README.md requirements/releases.json \
 	$(shell find vllm tools -name '*.py')
 STOCK := build/stock/$(RELEASE)
 TINY := build/tiny/qwen3_vl
+UNTESTED := build/untested.txt
 PARITY := build/parity/$(RELEASE)
 ENGINE := @tests/tiny_models.args --side-by-side
 
+PYTEST := $(PY) -m pytest --untested $(UNTESTED)
 # The longest first; each folder's tests share what is costly.
 FAST := $(addprefix tests/,deepstack wheel upstream overlay lint parity speed geo3k)
 
@@ -50,7 +52,7 @@ LIST := .venv/bin/python -m tools.package_index list
 WHEELS = $(foreach device,$(DEVICES),$(addprefix wheel-$(device)-,$(shell $(LIST) $(device))))
 
 .PHONY: help wheel install plugin pr parity geo3k bench bench-tools bench-gpu bench-staging test \
-	test-fast test-unit test-engines test-optional test-gpu test-gpu-plugin test-two-gpus release \
+	test-fast test-unit test-engines test-all test-gpu test-gpu-plugin test-two-gpus release \
 	pipeline lint clean
 
 help:
@@ -156,21 +158,27 @@ lint: $(VENV)/tools
 	$(VENV)/bin/mypy
 
 test-unit: install
-	$(PY) -m pytest --durations 20 -n 2 --dist loadfile --no-loadscope-reorder \
-		-m 'not engine and not gpu' $(FAST) tests
+	rm -f $(UNTESTED)
+	$(PYTEST) --durations 20 -n 2 --dist worksteal --thin 5 -m 'not engine and not gpu' $(FAST) tests
 
 test-engines: install
-	$(PY) -m pytest --durations 0 --durations-min 5 -m 'engine and not gpu'
-
-## what is too long for make test: engines of other releases, and of the stock one; benchmarks
-test-optional: install
-	$(PY) -m pytest --optional -m optional
+	$(PYTEST) --durations 0 --durations-min 5 -m 'engine and not gpu'
 
 ## lint, and the tests that start no engine
 test-fast: lint test-unit
 
-## lint, and all tests that need no GPU; under an hour on two cores
+## lint, and the tests that need no GPU and are not marked optional: 25 minutes on two cores
 test: test-fast test-engines
+
+## all tests that need no GPU (MINUTES=20: for so long; each day begins further on)
+test-all: lint install
+	rm -f $(UNTESTED)
+ifdef MINUTES
+	$(PYTEST) --optional -m 'not gpu' --minutes $(MINUTES)
+else
+	$(PYTEST) --optional -m 'not engine and not gpu' -n 2 --dist worksteal $(FAST) tests
+	$(PYTEST) --optional -m 'engine and not gpu'
+endif
 
 ## the tests that need a GPU (TESTS=tests/geo3k: those; BITES=stock, newest: on the release)
 test-gpu: $(GPU)/vllm $(if $(BITES),$(CUDA)/stock)

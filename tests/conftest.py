@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
+from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from tools.overlay.verbs import installed
 BUILD = releases.ROOT / "build"
 PR43617 = releases.ROOT / "tests" / "pr43617"
 FLEET = pytest.StashKey[Any]()
+UNTESTED = pytest.StashKey[Counter[str]]()
+THIN = 1
 
 # For tests that are meant to fail: it does not matter on how small an example.
 # The environment has the plugin. But for its own tests, each vLLM runs as its files are.
@@ -39,10 +43,28 @@ def pytest_addoption(parser):
         "run the tests that are said to fail on it, and expect each to fail",
     )
     parser.addoption("--optional", action="store_true", help="run those marked optional, too")
+    parser.addoption(
+        "--thin", metavar="N", type=int, default=1, help="an Nth of random examples"
+    )
+    parser.addoption(
+        "--minutes",
+        metavar="N",
+        type=float,
+        help="start no test after so many; each day begins a seventh of the tests further on",
+    )
+    parser.addoption(
+        "--untested",
+        metavar="FILE",
+        type=Path,
+        help="what this machine cannot test: is added to, and shown at the end",
+    )
     parser.addoption("--figures", metavar="FILE", help="write what the tests measured as JSON")
 
 
 def pytest_configure(config):
+    global THIN
+    THIN = config.getoption("--thin")
+    config.stash[UNTESTED] = Counter()
     if file := config.getoption("--figures"):
         from tests.figures import Figures
 
@@ -54,6 +76,11 @@ def pytest_report_header(config):
         return f"vLLM {public_version(installed())} in {installed()}"
     except UserError:
         return "no vLLM is installed"
+
+
+def examples(count: int) -> int:
+    """Of a random test. Unless all are run, some of them: `--thin`."""
+    return max(5, count // THIN)
 
 
 def in_release(item) -> bool:
@@ -74,6 +101,36 @@ def has_module(name: str) -> bool:
         return (installed() / f"{name.replace('.', '/')}.py").is_file()
     except UserError:
         return False
+
+
+def pytest_deselected(items):
+    """Of the GPU's tests, that they were not run is said."""
+    for item in items:
+        if item.get_closest_marker("gpu") and in_release(item):
+            item.config.stash[UNTESTED]["needs a GPU: `make test-gpu`"] += 1
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter, config):
+    """What this machine could not test, and why; of earlier runs with the same file, too."""
+    untested = config.stash[UNTESTED]
+    for report in terminalreporter.stats.get("skipped", ()):
+        untested[report.longrepr[2].removeprefix("Skipped: ")] += 1
+    lines = [f"{count} tests: {reason}" for reason, count in sorted(untested.items())]
+    if file := config.getoption("--untested"):
+        lines = [*(file.read_text().splitlines() if file.exists() else ()), *lines]
+        file.write_text("".join(f"{line}\n" for line in dict.fromkeys(lines)))
+    if lines:
+        terminalreporter.section("not tested on this machine")
+        terminalreporter.write("".join(f"{line}\n" for line in dict.fromkeys(lines)))
+
+
+def rotated(items: list[Any], day: int) -> list[Any]:
+    """Begins at the file that is so many sevenths of the way on, so that a week sees all."""
+    start = len(items) * (day % 7) // 7
+    while 0 < start < len(items) and items[start].path == items[start - 1].path:
+        start -= 1
+    return items[start:] + items[:start]
 
 
 def deselect(config, items, kept) -> None:
@@ -98,6 +155,8 @@ def pytest_collection_modifyitems(config, items):
             if not item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.xfail(strict=True))
         deselect(config, items, bite | {item for item in items if said(item, "holds", variant)})
+    if config.getoption("--minutes"):
+        items[:] = rotated(items, day=int(time.time()) // 86400)
 
 
 def variants() -> dict[str, Version]:
@@ -172,23 +231,24 @@ def missing_gpus(item) -> int:
     return max(0, (marker.args or (1,))[0] - torch.cuda.device_count()) if marker else 0
 
 
-def cannot_run_experts(item) -> bool:
-    """Whether a test has an engine of a model with experts on a CPU without AVX-512.
+def can_run_experts() -> bool:
+    """Whether vLLM's CPU engines run models with experts here.
 
-    vLLM 0.22.1 ends there: `cpu_fused_moe.py` has `forward_torch` make a `SiluAndMul` while no vLLM
-    configuration is set ("Current vLLM config is not set"). As released, without the plugin, too.
+    Without AVX-512, 0.22.1 ends: `cpu_fused_moe.py` has `forward_torch` make a `SiluAndMul` while
+    no vLLM configuration is set ("Current vLLM config is not set"). As released, too.
     """
     import torch
 
-    engine = item.get_closest_marker("engine") and not item.get_closest_marker("gpu")
-    if not engine or "qwen3_omni" not in item.name:
-        return False
-    return torch.backends.cpu.get_cpu_capability() != "AVX512"
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+STARTED = time.monotonic()
 
 
 def pytest_runtest_setup(item):
-    if cannot_run_experts(item):
-        pytest.skip("vLLM 0.22.1 cannot run a model with experts on a CPU without AVX-512")
+    minutes = item.config.getoption("--minutes")
+    if minutes and time.monotonic() - STARTED > 60 * minutes:
+        pytest.skip("no time left today; another day begins with others")
     if item.get_closest_marker("gpu") and (missing := missing_gpus(item)):
         pytest.skip(f"needs {missing} CUDA GPU(s) more than there are")
 
@@ -211,12 +271,18 @@ def figures(record_property):
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory) -> dict[str, Path]:
-    """The tiny checkpoints, by name."""
+def models(tmp_path_factory, request) -> dict[str, Path]:
+    """The tiny checkpoints, by name; Omni's with dense layers where experts cannot run."""
     from tests import tiny_models
 
-    root = tmp_path_factory.mktemp("models")
-    return {name: make(root / name) for name, make in tiny_models.MODELS.items()}
+    root, dense = tmp_path_factory.mktemp("models"), not can_run_experts()
+    if dense:
+        reason = "Omni's experts: vLLM 0.22.1 needs AVX-512 for them. Its engines had dense layers"
+        request.config.stash[UNTESTED][reason] += 1
+    return {
+        "qwen3_vl": tiny_models.qwen3_vl(root / "qwen3_vl"),
+        "qwen3_omni": tiny_models.qwen3_omni(root / "qwen3_omni", dense=dense),
+    }
 
 
 def downloading(version: str) -> FileLock:

@@ -178,9 +178,13 @@ def qwen2_5_vl(out: Path, seed: int = 0) -> Path:
     return out
 
 
-def qwen3_omni(out: Path, seed: int = 0) -> Path:
-    """The thinker, in a checkpoint of the whole model's layout."""
+def qwen3_omni(out: Path, seed: int = 0, dense: bool = False) -> Path:
+    """The thinker, in a checkpoint of the whole model's layout; `dense`: its layers have no
+    experts, which some processors cannot run."""
     tokenizer = make_tokenizer()
+    text = text_config(tokenizer) | EXPERTS
+    if dense:
+        text["mlp_only_layers"] = list(range(text["num_hidden_layers"]))
     audio = {
         "d_model": HIDDEN,
         "output_dim": HIDDEN,
@@ -197,7 +201,7 @@ def qwen3_omni(out: Path, seed: int = 0) -> Path:
     config = transformers.Qwen3OmniMoeConfig(
         enable_audio_output=False,
         thinker_config={
-            "text_config": text_config(tokenizer) | EXPERTS,
+            "text_config": text,
             "vision_config": vision_config() | {"image_size": 256, "apply_vit_abs_pos_embed": True},
             "audio_config": audio,
             "position_id_per_seconds": 13,

@@ -14,6 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import examples
+
 from .bare_models import (
     ALL,
     HIDDEN,
@@ -151,7 +153,7 @@ steps = st.lists(
 
 
 @everywhere
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.sampled_from(SHARED), steps)
 def test_any_order_of_calls(name, steps):
     """A row holds the payload last staged there, or zeros: against a model of plain rows."""

@@ -9,6 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import examples
+
 from .bare_models import AUDIO, IMAGE, OMNI, TEXT, VIDEO, bare, load
 
 bites = pytest.mark.bites
@@ -184,7 +186,7 @@ parts = st.one_of(
 
 
 @bites("stock", "pr43617", "newest")
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.lists(parts, min_size=1, max_size=8))
 def test_any_prompt(prompt):
     check(prompt)

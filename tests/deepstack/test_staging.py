@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import examples
+
 from .bare_models import (
     ALL,
     AUDIO,
@@ -61,7 +63,7 @@ batch = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(1, ROWS)))
 
 
 @everywhere
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(st.sampled_from(SHARED), st.lists(batch, min_size=1, max_size=4))
 def test_features_land_in_their_rows_and_leave_with_their_step(name, batches):
     """Steps of text, images, video, audio and `prompt_embeds`, of any lengths and in any order;
@@ -85,7 +87,7 @@ def test_features_land_in_their_rows_and_leave_with_their_step(name, batches):
         assert padded[:, len(tokens) :].eq(0).all()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.lists(st.sampled_from([VIDEO, AUDIO]), min_size=2, max_size=8), st.permutations(range(4)))
 def test_audio_in_video(alternating, order):
     """Tokens of the two alternate; embeddings come one after the other. Other requests' media

@@ -89,7 +89,8 @@ def kill_before(write: int, root: Path, action: Callable[[], Any]) -> bool:
     return status == KILLED
 
 
-def faults(tree: Path, folder: Path) -> Iterator[dict[str, Any]]:
+def faults(tree: Path, folder: Path, every: int) -> Iterator[dict[str, Any]]:
+    """Killed before every write, or before each so many."""
     older, newer = overlays(folder)
     root = folder / "tree"
 
@@ -131,9 +132,9 @@ def faults(tree: Path, folder: Path) -> Iterator[dict[str, Any]]:
                     "afterwards": later,
                     "owners": owners(root),
                 }
-                write += 1
+                write += every
 
 
 if __name__ == "__main__":
-    for fault in faults(Path(sys.argv[1]), Path(sys.argv[2])):
+    for fault in faults(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])):
         print(json.dumps(fault), flush=True)

@@ -20,6 +20,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import examples
 from tools import releases
 from tools.__main__ import main
 from tools.overlay import STATE, transaction
@@ -110,7 +111,7 @@ def crafted(path: str) -> bytes:
 @example(text=crafted("../victim.txt"))
 @example(text=crafted("\ud800"))
 @settings(
-    max_examples=500,
+    max_examples=examples(500),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

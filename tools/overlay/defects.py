@@ -420,6 +420,11 @@ def splits_all(model: Model) -> bool:
     )
 
 
+def told_apart_by_length(model: Model) -> bool:
+    """Where a video's and an audio's tokens alternate, whose embeddings are whose."""
+    return "image_token_id" not in names(model.methods[EMBED])
+
+
 def ignores_embeddings(model: Model) -> bool:
     return not model.mentions("enable_mm_embeds")
 
@@ -529,6 +534,10 @@ DEFECTS = {
     ),
     "D15": Defect(
         "embeddings instead of images lose their levels", (rule(ignores_embeddings, **SHARED),)
+    ),
+    "D21": Defect(
+        "audio in video beside an image ends the engine",
+        (rule(told_apart_by_length, omni="<0.26"),),
     ),
 }
 

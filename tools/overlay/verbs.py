@@ -33,8 +33,8 @@ TREE = (
     "(default: that of the vLLM which this Python imports)"
 )
 STATUS = """\
-Says which of the defects D1 to D15 a vLLM has, read from its code, and how they are fixed: by the
-plugin, by `apply`, by a wheel, or not at all. Imports no vLLM and needs no GPU.
+Says which of the defects D1 to D15 and D21 a vLLM has, read from its code, and how they are fixed:
+by the plugin, by `apply`, by a wheel, or not at all. Imports no vLLM and needs no GPU.
 
 exit code: 0 clean, 1 affected, 2 it cannot tell"""
 STATUS_EXAMPLES = """\
