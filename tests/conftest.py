@@ -43,9 +43,7 @@ def pytest_addoption(parser):
         "run the tests that are said to fail on it, and expect each to fail",
     )
     parser.addoption("--optional", action="store_true", help="run those marked optional, too")
-    parser.addoption(
-        "--thin", metavar="N", type=int, default=1, help="an Nth of random examples"
-    )
+    parser.addoption("--thin", metavar="N", type=int, default=1, help="an Nth of random examples")
     parser.addoption(
         "--minutes",
         metavar="N",
@@ -116,7 +114,7 @@ def pytest_terminal_summary(terminalreporter, config):
     untested = config.stash[UNTESTED]
     for report in terminalreporter.stats.get("skipped", ()):
         untested[report.longrepr[2].removeprefix("Skipped: ")] += 1
-    lines = [f"{count} tests: {reason}" for reason, count in sorted(untested.items())]
+    lines = [f"{count} test{'s' * (count > 1)}: {why}" for why, count in sorted(untested.items())]
     if file := config.getoption("--untested"):
         lines = [*(file.read_text().splitlines() if file.exists() else ()), *lines]
         file.write_text("".join(f"{line}\n" for line in dict.fromkeys(lines)))

@@ -141,6 +141,7 @@ def test_eager_is_transformers(case, fleet, figures):
 
 
 @pytest.mark.engine
+@pytest.mark.optional  # tests/engines compares the same, on another model
 @pytest.mark.timeout(900)
 def test_on_the_cpu(stock_tree, tmp_path):
     """In float32, a few samples: the fork agrees with eager and with Transformers, and 0.22.1 as

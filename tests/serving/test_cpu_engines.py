@@ -237,6 +237,7 @@ def test_stock_release_does_not_start_with_pipeline_parallelism(soak, stock_tree
         checked.served.serve([])
 
 
+@pytest.mark.optional  # tests/deepstack/test_init.py has its buffers
 @pytest.mark.parametrize("model", ["qwen3_vl"], indirect=True)
 def test_engine_without_vision_tower(soak):
     """D3."""
