@@ -86,6 +86,7 @@ def test_all_glyphs_occur(processor):
     assert ((seen > 0).flatten(1).sum(1) >= 2).all()
 
 
+@pytest.mark.optional
 def test_an_interrupted_training_goes_on(tmp_path, monkeypatch):
     recipe = ["--steps", "4", "--batch-size", "2", "--workers", "0", "--device", "cpu"]
     recipe += ["--validate-every", "2", "--validate-on", "1"]

@@ -202,6 +202,7 @@ def together(applied) -> Path:
     return applied
 
 
+@pytest.mark.optional
 def test_upstreams_linters_are_clean(together):
     """Those of its `.pre-commit-config.yaml` that look at Python, in the versions named there."""
     assert_lints(together, git(together, "diff", "--name-only", "main", "all").split())
@@ -246,14 +247,8 @@ ON_A_CPU = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        # In the others' tests vLLM inspects the changed models first, for a minute each.
-        pytest.param(name, marks=() if name == "5-omni-prompts" else pytest.mark.optional)
-        for name in ON_A_CPU
-    ],
-)
+@pytest.mark.optional  # vLLM inspects the changed models first, for a minute each
+@pytest.mark.parametrize("name", ON_A_CPU)
 def test_its_tests_fail_before_and_pass_after(together, run_tests, name):
     file, failing, passing = ON_A_CPU[name]
     git(together, "switch", "-q", "--detach", PULLS[name].after or "main")

@@ -42,7 +42,8 @@ class Qwen3OmniMoeThinkerForConditionalGeneration(DeepStackMixin):
     ):
         self._clear_deepstack_input_embeds(self.deepstack_input_embeds_num_tokens)
         size = self.config.text_config.hidden_size
-        vision = [e for e in multimodal_embeddings or () if e.size(1) != size]
+        given = () if multimodal_embeddings is None else multimodal_embeddings
+        vision = [e for e in given if e.size(1) != size]
         if vision:
             inputs_embeds = self._embed_text_input_ids(
                 input_ids,
@@ -55,7 +56,7 @@ class Qwen3OmniMoeThinkerForConditionalGeneration(DeepStackMixin):
             ids = input_ids.to(is_multimodal.device)
             rows = (ids == self.config.image_token_id) & is_multimodal
             rows |= (ids == self.config.video_token_id) & is_multimodal
-            others = [e for e in multimodal_embeddings if e.size(1) == size]
+            others = [e for e in given if e.size(1) == size]
             payload, main = self._compute_deepstack_embeds(inputs_embeds, vision, rows)
             self._set_deepstack_input_embeds(payload)
             _merge_multimodal_embeddings(inputs_embeds, main, rows)
