@@ -114,13 +114,18 @@ def pytest_terminal_summary(terminalreporter, config):
     untested = config.stash[UNTESTED]
     for report in terminalreporter.stats.get("skipped", ()):
         untested[report.longrepr[2].removeprefix("Skipped: ")] += 1
-    lines = [f"{count} test{'s' * (count > 1)}: {why}" for why, count in sorted(untested.items())]
-    if file := config.getoption("--untested"):
-        lines = [*(file.read_text().splitlines() if file.exists() else ()), *lines]
-        file.write_text("".join(f"{line}\n" for line in dict.fromkeys(lines)))
-    if lines:
+    file = config.getoption("--untested")
+    if file and file.exists():
+        for line in file.read_text().splitlines():
+            count, _, reason = line.partition("\t")
+            untested[reason] = max(untested[reason], int(count))
+    if file:
+        text = "".join(f"{count}\t{reason}\n" for reason, count in sorted(untested.items()))
+        file.write_text(text)
+    if untested:
         terminalreporter.section("not tested on this machine")
-        terminalreporter.write("".join(f"{line}\n" for line in dict.fromkeys(lines)))
+    for reason, count in sorted(untested.items()):
+        terminalreporter.line(f"{count} test{'s' * (count > 1)}: {reason}")
 
 
 def rotated(items: list[Any], day: int) -> list[Any]:
