@@ -170,11 +170,11 @@ test-fast: lint test-unit
 ## lint, and the tests that need no GPU and are not marked optional: 25 minutes on two cores
 test: test-fast test-engines
 
-## all tests that need no GPU (MINUTES=20: for so long; each day begins further on)
+## all tests that need no GPU (MINUTES=20: what make test leaves out, for so long)
 test-all: lint install
 	rm -f $(UNTESTED)
 ifdef MINUTES
-	$(PYTEST) --optional -m 'not gpu' --minutes=$(MINUTES)
+	$(PYTEST) --optional -m '(optional or thinned) and not gpu' --minutes=$(MINUTES)
 else
 	$(PYTEST) --optional -m 'not engine and not gpu' -n 2 --dist worksteal $(FAST) tests
 	$(PYTEST) --optional -m 'engine and not gpu'

@@ -152,6 +152,7 @@ steps = st.lists(
 )
 
 
+@pytest.mark.thinned
 @everywhere
 @settings(max_examples=examples(200), deadline=None)
 @given(st.sampled_from(SHARED), steps)

@@ -186,6 +186,7 @@ parts = st.one_of(
 
 
 @bites("stock", "pr43617", "newest")
+@pytest.mark.thinned
 @settings(max_examples=examples(200), deadline=None)
 @given(st.lists(parts, min_size=1, max_size=8))
 def test_any_prompt(prompt):

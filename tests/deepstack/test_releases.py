@@ -94,6 +94,7 @@ def count(output: str, outcome: str) -> int:
     return int(found[1]) if found else 0
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("version", distinct())
 def test_contract_holds_on(version, run_tests, unpacked, tmp_path):
     """The merged files compile, they import, and the mixin's tests pass."""

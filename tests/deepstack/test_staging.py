@@ -62,6 +62,7 @@ KINDS = [TEXT, IMAGE, VIDEO, AUDIO, PROMPT_EMBEDS]
 batch = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(1, ROWS)))
 
 
+@pytest.mark.thinned
 @everywhere
 @settings(max_examples=examples(300), deadline=None)
 @given(st.sampled_from(SHARED), st.lists(batch, min_size=1, max_size=4))
@@ -87,6 +88,7 @@ def test_features_land_in_their_rows_and_leave_with_their_step(name, batches):
         assert padded[:, len(tokens) :].eq(0).all()
 
 
+@pytest.mark.thinned
 @settings(max_examples=examples(200), deadline=None)
 @given(st.lists(st.sampled_from([VIDEO, AUDIO]), min_size=2, max_size=8), st.permutations(range(4)))
 def test_audio_in_video(alternating, order):

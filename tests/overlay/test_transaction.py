@@ -35,6 +35,7 @@ def sources(release_sources):
     return root
 
 
+@pytest.mark.thinned
 def test_killed_at_every_write(sources, tmp_path):
     """The code is never half of one version, and the next call leaves nothing behind."""
     thin = conftest.THIN

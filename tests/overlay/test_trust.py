@@ -105,6 +105,7 @@ def crafted(path: str) -> bytes:
     return json.dumps({"status": "applied", "release": "0.22.1", "files": files}).encode()
 
 
+@pytest.mark.thinned
 @given(text=texts)
 @example(text=b"")
 @example(text=b"{}")
