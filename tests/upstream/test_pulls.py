@@ -305,6 +305,7 @@ def backported(pristine, written, run_tests) -> tuple[Path, str]:
     return tree, before
 
 
+@pytest.mark.optional
 def test_backport(backported, run_tests):
     tree, before = backported
     failed = re.findall(r"^FAILED \S+::(\w+)", before, re.MULTILINE)

@@ -39,7 +39,7 @@ def uv(*arguments: object) -> subprocess.CompletedProcess[str]:
     return run(sys.executable, "-m", "uv", "pip", *arguments)
 
 
-@pytest.fixture(scope="module", params=["cpu", "cuda"])
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.optional)])
 def wheel(request, tmp_path_factory) -> tuple[str, Path]:
     """(device, wheel): the CPU's by make; CUDA's by pip, without a network."""
     if request.param == "cpu":
