@@ -161,6 +161,7 @@ class Tests:
         env |= {"VLLM_TARGET_DEVICE": "cpu", "DEEPSTACK_DISABLE": "1"}
         env |= {"HF_HOME": str(hub()), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         command = [str(python), "-m", "pytest", "-p", "as_on_a_cpu", "-p", "no:cacheprovider"]
+        command += [f"--basetemp={tree.with_suffix('.tmp')}"]  # other runs clean up the shared one
         command += ["--continue-on-collection-errors", "--timeout=300", *files]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -258,7 +259,8 @@ def main(argv: list[str] | None = None) -> int:
     known = releases.known(args.release)
     version = str(known.version)
     sources = package_index.unpack_sources(known, BUILD / "sdist")
-    trees = [tree(known, WORK / version / name, name == "fork") for name in ("release", "fork")]
+    part = version + "-quick" * args.quick
+    trees = [tree(known, WORK / part / name, name == "fork") for name in ("release", "fork")]
     chosen, left_out = files(sources, args.quick)
     python = environment(version, sources)
     jobs = [Tests(tree, python, chosen) for tree in trees]
@@ -272,8 +274,7 @@ def main(argv: list[str] | None = None) -> int:
         | {"why": line["why"][:300]}
         for test, line in release.items()
     ]
-    name = f"{version}{'-quick' if args.quick else ''}.json"
-    cli.write_json(result | {"left_out": left_out}, WORK / name)
+    cli.write_json(result | {"left_out": left_out}, WORK / f"{part}.json")
     return int(bool(breaches))
 
 
