@@ -17,7 +17,6 @@ from rich.console import Console
 from tests import tiny_models
 from tests.serving.soak import DifferenceError
 from tools import ROOT
-from tools.engines import shared_cores
 from tools.overlay.tree import Tree
 from tools.overlay.verbs import installed
 from tools.parity.modes import EAGER
@@ -77,12 +76,12 @@ def test_broken_variants_leak(models, stock_tree, tmp_path):
     options = [*small(models["qwen3_vl"]), "--dtype", "float32", "--seed", "0"]
     options += ["--logprobs-mode", "raw_logits", "--max-logprobs", "-1"]
     options += ["--gpu-memory-utilization", "0.3"]  # of a CPU's memory, too
-    cores, jobs = shared_cores(2), []
+    jobs = []
     for number, (name, edits) in enumerate(VARIANTS.items()):
         tree = shutil.copytree(stock_tree, tmp_path / f"tree-{number}", copy_function=os.link)
         Tree(tree).apply()
         edit(tree, edits)
-        jobs.append(arm_job(EAGER, tree, options, tmp_path, cores[number % 2], name))
+        jobs.append(arm_job(EAGER, tree, options, tmp_path, name))
     results = dict(zip(VARIANTS, run(jobs, spec, Console(stderr=True), at_once=2)))
     for name, result in results.items():
         assert result.meta["vllm"].endswith(" with vllm-deepstack")

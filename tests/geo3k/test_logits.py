@@ -19,7 +19,6 @@ from benchmarks.geo3k.data import Question, load
 from tests.fleet import DTYPE, NANO
 from tests.serving.modes import cases
 from tests.serving.soak import DifferenceError
-from tools.engines import shared_cores
 from tools.parity.compare import tolerance
 from tools.parity.modes import DEFAULT, EAGER
 from tools.parity.report import largest, report, show
@@ -151,13 +150,12 @@ def test_on_the_cpu(stock_tree, tmp_path):
     options += ["--max-num-seqs", "16", "--limit-mm-per-prompt", '{"image": 1, "video": 0}']
     options += ["--logprobs-mode", "raw_logits", "--max-logprobs", "-1", "--seed", "0"]
     options += ["--gpu-memory-utilization", "0.3"]  # of a CPU's memory, too
-    cores = shared_cores(2)
     reference = reference_job(str(FILES / "model"), "float32", tmp_path)
     jobs = [
-        arm_job(EAGER, None, options, tmp_path, cores[0]),
-        arm_job(DEFAULT, None, options, tmp_path, cores[1]),
+        arm_job(EAGER, None, options, tmp_path),
+        arm_job(DEFAULT, None, options, tmp_path),
     ]
-    more = [arm_job(DEFAULT, stock_tree, options, tmp_path, cores[0], "stock"), reference]
+    more = [arm_job(DEFAULT, stock_tree, options, tmp_path, "stock"), reference]
     console = Console(stderr=True)
     eager, compiled = run(jobs, spec, console, at_once=2)
     stock, transformers = run(more, spec, console, at_once=2)

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from .. import cli
 from ..cli import UserError
-from ..engines import EngineError, shared_cores
-from .modes import EAGER, MODES
+from ..engines import EngineError, Job
+from .modes import DEFAULT, EAGER, MODES, REPLAYS
 from .report import Report, exit_code, report, show
 from .run import Result, arm_job, outcomes, reference_job, run, write_spec
 from .samples import Sample, builtin, load
@@ -37,7 +37,14 @@ def validate(args: argparse.Namespace) -> None:
             raise UserError(f"{path}: a folder; name a file")
 
 
-def check(args: argparse.Namespace, options: list[str], folder: Path, console: Console) -> Report:
+def check(
+    args: argparse.Namespace,
+    options: list[str],
+    trees: dict[str, Path | None],
+    folder: Path,
+    console: Console,
+) -> list[Report]:
+    """Checks the vLLM in each tree (None: the installed one), all with the same samples."""
     if args.samples:
         samples = load(args.samples, args.num_samples)
     else:
@@ -46,28 +53,58 @@ def check(args: argparse.Namespace, options: list[str], folder: Path, console: C
     common = ["--model", args.model, "--dtype", args.dtype, "--seed", "0"]
     common += ["--logprobs-mode", "raw_logits", "--max-logprobs", "-1", *options]
     at_once = 2 if args.side_by_side else 1
-    if args.side_by_side and not any(
-        o.replace("_", "-").startswith("--gpu-memory-util") for o in options
-    ):
+    if args.side_by_side and not given(options, "--gpu-memory-util"):
         common += ["--gpu-memory-utilization", "0.4"]  # of a CPU's memory, too
-    cores = shared_cores(2) if args.side_by_side else [[], []]
-    modes = [EAGER, *(mode for mode in MODES if mode.name in args.modes)]
-    jobs = [arm_job(mode, args.vllm, common, folder, cores[i % 2]) for i, mode in enumerate(modes)]
-    eager, *others = outcomes(jobs, spec, console, at_once)
-    assert isinstance(eager, Result)
-    reference = None
-    if args.reference:
-        if not args.samples:  # with as many images as the engine takes
-            samples = [
-                Sample(s.messages, images=s.images[:count])
-                for s, count in zip(samples, eager.images)
-            ]
-            spec = write_spec(samples, True, args.max_tokens, folder)
-        (reference,) = run(
-            [reference_job(args.model, eager.meta["dtype"], folder)], spec, console, 1
-        )
-    arms = dict(zip([mode.name for mode in modes[1:]], others))
-    return report(args.model, eager, arms, reference, args.tolerance)
+    # What can replay a step, is asked to, where it is not said what to ask.
+    extended = given(options, "--worker-extension-cls")
+    names = args.modes or [DEFAULT.name, *(mode.name for mode in REPLAYS if not extended)]
+    wanted = [mode for mode in MODES if mode.name in names]
+    replays = [mode for mode in wanted if mode in REPLAYS]
+    modes = [mode for mode in wanted if mode not in REPLAYS]
+    jobs: dict[str, list[Job]] = {}
+    for name, tree in trees.items():
+        place = folder / name
+        place.mkdir(exist_ok=True)
+        eager = arm_job(EAGER, tree, common, place, f"{name} eager".strip(), replays)
+        others = [
+            arm_job(mode, tree, common, place, f"{name} {mode.name}".strip()) for mode in modes
+        ]
+        jobs[name] = [eager, *others]
+    every = [job for each in jobs.values() for job in each]
+    needed = [eager for eager, *_ in jobs.values()]
+    found = dict(zip(every, outcomes(every, spec, console, at_once, needed)))
+    reports = []
+    for first, *others in jobs.values():
+        eager = found[first]
+        assert isinstance(eager, Result)
+        arms = dict(zip([mode.name for mode in modes], [found[job] for job in others]))
+        for mode in replays:
+            arms[mode.name] = eager.replays.get(mode.name, EngineError(eager.error))
+        if not args.modes and eager.meta["gpu"]:
+            arms = {mode: arm for mode, arm in arms.items() if mode == DEFAULT.name}
+        reference = None
+        if args.reference:
+            reference = transformers(args, samples, eager, folder, console)
+        reports.append(report(args.model, eager, arms, reference, args.tolerance))
+    return reports
+
+
+def given(options: list[str], name: str) -> bool:
+    """vLLM takes `_` for `-`, and the beginning of a name for the name."""
+    return any(option.replace("_", "-").startswith(name) for option in options)
+
+
+def transformers(
+    args: argparse.Namespace, samples: list[Sample], eager: Result, folder: Path, console: Console
+) -> Result:
+    """What it gives for the samples, with as many images as the engine takes."""
+    if not args.samples:
+        samples = [
+            Sample(s.messages, images=s.images[:count]) for s, count in zip(samples, eager.images)
+        ]
+    spec = write_spec(samples, args.samples is None, args.max_tokens, folder)
+    (found,) = run([reference_job(args.model, eager.meta["dtype"], folder)], spec, console, 1)
+    return found
 
 
 def execute(args: argparse.Namespace, options: list[str]) -> int:
@@ -80,7 +117,7 @@ def execute(args: argparse.Namespace, options: list[str]) -> int:
     folder = args.logs or Path(tempfile.mkdtemp(prefix="check."))
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        result = check(args, options, folder.resolve(), Console(stderr=True))
+        (result,) = check(args, options, {"": args.vllm}, folder.resolve(), Console(stderr=True))
     except UserError as error:
         if not args.logs and not isinstance(error, EngineError):
             shutil.rmtree(folder)

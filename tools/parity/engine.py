@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from .compare import Run, compare
 from .levels import with_levels, without_levels
 from .modes import EAGER, FULL, MODES, PIECEWISE, Mode
 from .probes import (
+    IDLE,
     LONGEST,
     Alone,
     Probe,
@@ -26,25 +31,48 @@ from .probes import (
     limit,
     media_in_pieces,
     media_then_text,
+    prefixes,
 )
+from .replay import Replay
 from .report import TEXT_ALONE
 from .samples import Sample, with_images
-from .stepping import RefusedError, Served, can_chunk, logits, sampling, step_through
+from .stepping import (
+    RefusedError,
+    Served,
+    can_chunk,
+    logits,
+    replaying,
+    sampling,
+    step_through,
+)
 
 Arrays = dict[str, Any]
 
 
-def main(job: str, result: str, name: str, options: list[str]) -> None:
-    mode = next(mode for mode in [EAGER, *MODES] if mode.name == name)
-    if missing := mode.missing(vllm_name().partition(" ")[0], on_gpu()):
-        save(Path(result), {"missing": missing}, {})
+def main(job: str, result: str, names: str, options: list[str]) -> None:
+    """`names`: a mode, and those that replay on the same engine."""
+    mode, *replays = [
+        mode for name in names.split(",") for mode in [EAGER, *MODES] if mode.name == name
+    ]
+    spec, file = Path(job), Path(result)
+    version, gpu = vllm_name().partition(" ")[0], on_gpu()
+    if missing := mode.missing(version, gpu):
+        save(file, {"missing": missing}, {})
         return
+    files = {replay: file.with_name(f"{replay.name}.npz") for replay in replays}
+    for replay in replays:
+        if missing := replay.missing(version, gpu):
+            save(files.pop(replay), {"missing": missing}, {})
+    if files:
+        options = [*options, "--worker-extension-cls", f"{Replay.__module__}.{Replay.__name__}"]
     print(f"{STAGE}starting the engine", flush=True)
     llm = make_engine(options)
     if other := instead(llm, mode):
-        save(Path(result), {"missing": other}, {})
+        save(file, {"missing": other}, {})
         return
-    answer(llm, Path(job), Path(result), eager=mode == EAGER)
+    answer(llm, spec, file, eager=mode == EAGER)
+    if files:
+        answer_in_replay(llm, spec, files)
 
 
 def on_gpu() -> bool:
@@ -64,9 +92,15 @@ def instead(llm: Any, mode: Mode) -> str:
     return ""
 
 
-def answer(llm: Any, spec: Path, result: Path, eager: bool = False) -> None:
+def answer(
+    llm: Any,
+    spec: Path,
+    result: Path,
+    eager: bool = False,
+    probing: Probing | None = None,
+) -> tuple[dict[str, Any], Arrays]:
     """Writes what the engine gives for a job: of the samples at once, and then all of it, so that
-    an engine that dies later has not answered in vain."""
+    an engine that dies later has not answered in vain. `probing`: has asked text alone."""
     job = json.loads(spec.read_text())
     config = llm.llm_engine.vllm_config.model_config
     meta: dict[str, Any] = {
@@ -75,8 +109,8 @@ def answer(llm: Any, spec: Path, result: Path, eager: bool = False) -> None:
         "gpu": on_gpu(),
     }
     arrays: Arrays = {}
-    probing = Probing(llm, flush=on_gpu() and not eager) if job["probes"] else None
-    if probing:
+    if job["probes"] and not probing:
+        probing = Probing(llm, flushes=on_gpu() and not eager)
         print(f"{STAGE}asking short requests alone", flush=True)
         probing.before_media()
     print(f"{STAGE}generating", flush=True)
@@ -98,6 +132,51 @@ def answer(llm: Any, spec: Path, result: Path, eager: bool = False) -> None:
         if eager:
             meta["shares"] = shares(probing.alone, samples, arrays)
         save(result, meta, arrays)
+    return meta, arrays
+
+
+def answer_in_replay(llm: Any, spec: Path, files: dict[Mode, Path]) -> None:
+    """Writes what the engine gives where steps are replayed, for each mode."""
+    print(f"{STAGE}recording", flush=True)
+    v2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "0"  # whose rows: a CPU has V1 alone
+    try:
+        (recorded,) = llm.collective_rpc("replay_record", args=(v2,))
+    except Exception as error:  # of the model's code
+        recorded = {"refused": f"cannot be recorded: {error}"}
+    for mode, file in files.items():
+        began = time.monotonic()
+        if reason := recorded.get("refused"):
+            save(file, {"missing": reason}, {})
+            continue
+        print(f"{STAGE}{mode.name}: asking text alone", flush=True)
+        python, probing = (Probing(llm, True, mode, recorded["sizes"][-1]) for _ in range(2))
+        for by, each in (("python", python), ("graph", probing)):
+            each.alone.flush()
+            with replaying(llm, mode.name, by):
+                each.before_media()
+        if (most := apart_in_text(python, probing)) > 0:
+            reason = f"text alone, replayed, is {most:.2g} off Python on as many rows"
+            save(file, {"missing": reason}, {})
+            continue
+        with replaying(llm, mode.name):
+            meta, arrays = answer(llm, spec, file, probing=probing)
+        (counts,) = llm.collective_rpc("replay_counts")
+        meta |= {"seconds": time.monotonic() - began, "warnings": recorded["warnings"]}
+        save(
+            file, {"missing": "; ".join(counts["problems"])} if counts["problems"] else meta, arrays
+        )
+
+
+def apart_in_text(ours: Probing, theirs: Probing) -> float:
+    """How far the same requests are apart, each alone and in the company of others."""
+    moved = []
+    for probe, served in ours.alone.found.items():
+        other = theirs.alone.found[probe]
+        if served.run and other.run:
+            moved.append(compare(served.run, other.run).largest)
+    for one, other in zip(*(each.leaks["streams"][TEXT_ALONE] for each in (ours, theirs))):
+        moved += [abs(a - b) for a, b in zip(*(r["difference"]["by_step"] for r in (one, other)))]
+    return max(moved)
 
 
 def save(result: Path, meta: dict[str, Any], arrays: Arrays) -> None:
@@ -163,11 +242,16 @@ def image_token_id(config: Any) -> int | None:
 
 
 class Probing:
-    """Streams of short requests, and what each of them gets alone."""
+    """Streams of short requests, and what each of them gets alone. `replay`: the mode in which an
+    engine replays steps of up to `captured` tokens."""
 
-    def __init__(self, llm: Any, flush: bool):
-        self.prompts = Prompts(llm)
-        self.alone = Alone(llm, self.prompts, flush)
+    def __init__(self, llm: Any, flushes: bool, replay: Mode | None = None, captured: int = 0):
+        self.llm, self.replay, self.prompts = llm, replay, Prompts(llm)
+        self.config = llm.llm_engine.vllm_config
+        sizes = self.config.compilation_config.cudagraph_capture_sizes
+        self.captured = captured or max(sizes or [0])
+        in_python = partial(replaying, llm, "run") if replay else nullcontext
+        self.alone = Alone(llm, self.prompts, flushes, in_python)
         self.leaks: dict[str, Any] = {"streams": {}, "not_run": {}}
         self.modality = self.prompts.modality
         self.together = f"{self.modality or 'media'}, then text"
@@ -185,6 +269,9 @@ class Probing:
         else:
             self._serve(self.together, self._media_then_text)
             self._serve(self.trickling, self._media_in_pieces)
+            self._serve("the same text again, from the prefix cache", self._from_the_cache)
+            if self.replay:
+                self._serve("features staged in each row, then text", self._poisoned)
             return
         self.leaks["not_run"][self.together] = reason
 
@@ -198,29 +285,58 @@ class Probing:
 
     def _text_alone(self) -> Rows:
         stream = media_then_text()
-        self.alone.ask(p for p in [*stream, *media_in_pieces(1)] if p.medium is None)
+        cached = [p for p in self._prefixes() if not self._too_long(p)]
+        self.alone.ask(p for p in [*stream, *media_in_pieces(1), *cached] if p.medium is None)
         without = [replace(p, medium=None, words=p.words + 20) for p in stream]
         return self.alone.in_stream(without, 0)
 
     def _media_then_text(self) -> Rows:
         stream = media_then_text()
         longest = self._longest(stream)
-        config = self.alone.llm.llm_engine.vllm_config.compilation_config
-        captured = max(config.cudagraph_capture_sizes or [0])
+        captured = self.captured
         if 0 < captured < longest:
             self.leaks["not_run"][f"graphs replayed with a whole {self.modality}"] = (
                 f"it takes {longest} tokens, and graphs are captured for {captured}"
             )
-        fits = captured // 5 if can_chunk(self.alone.llm) and captured < 5 * longest else 0
+        fits = captured // 5 if can_chunk(self.llm) and captured < 5 * longest else 0
         return self.alone.in_stream(stream, fits)
 
     def _media_in_pieces(self) -> Rows | str:
-        if not can_chunk(self.alone.llm):
+        if not can_chunk(self.llm):
             return "needs chunked prefill that may cut media, and VLLM_ENABLE_V1_MULTIPROCESSING=0"
         longest = self._longest(media_in_pieces(1))
         if longest > LONGEST:
             return f"a prompt takes {longest} tokens"
         return self.alone.in_stream(media_in_pieces(longest), 1)
+
+    def _prefixes(self) -> tuple[Probe, Probe]:
+        return prefixes(self.config.cache_config.block_size)
+
+    def _too_long(self, probe: Probe) -> bool:
+        return probe.words + probe.max_tokens > self.config.model_config.max_model_len
+
+    def _from_the_cache(self) -> Rows | str:
+        """A text after a medium; later, where nothing is staged, one that begins as it does: what
+        the first had wrong is in the prefix cache."""
+        if not self.config.cache_config.enable_prefix_caching:
+            return "prefix caching is off"
+        first, again = self._prefixes()
+        if self._too_long(again):
+            return f"a block of the cache is {first.words - 8} tokens"
+        fits = self.captured if can_chunk(self.llm) and 0 < self.captured < first.words else 0
+        rows = self.alone.in_stream([media_then_text()[0], first], fits)
+        self.alone.flush()
+        with self.alone.in_python():
+            (row,) = self.alone.in_stream([again], 0, cached=True)
+        later = rows[-1]["ended"] + 2
+        return [*rows, row | {"joined": row["joined"] + later, "ended": row["ended"] + later}]
+
+    def _poisoned(self) -> Rows:
+        assert self.replay
+        stream = media_then_text(2)
+        text = [replace(p, joins_after=IDLE) for p in stream if p.medium is None]
+        with replaying(self.llm, self.replay.name, "poison"):
+            return self.alone.in_stream([stream[0], *text], 0)
 
     def _longest(self, stream: list[Probe]) -> int:
         """Tokens of its longest prompt with a medium."""

@@ -18,13 +18,16 @@ class Mode:
     releases: str = ""
     lacking: str = ""
     """Why other releases cannot run it."""
-    gpu: bool = True
+    gpu: bool | None = True
+    """Whether it needs one; None: whether it needs a CPU."""
 
     def missing(self, version: str, gpu: bool) -> str:
         """Why this vLLM cannot run it here; nothing if it can."""
         if not SpecifierSet(self.releases, prereleases=True).contains(version):
             return f"vLLM {version}: {self.lacking}"
-        return "" if gpu or not self.gpu else "needs a GPU"
+        if gpu and self.gpu is None:
+            return "is for a CPU; a GPU has the graphs themselves"
+        return "needs a GPU" if self.gpu and not gpu else ""
 
 
 def graphs(mode: str) -> tuple[str, ...]:
@@ -55,4 +58,8 @@ V2 = Mode(
     releases=">=0.26",
     lacking="Model Runner V2 gives raw logits from 0.26.0 on",
 )
-MODES = [DEFAULT, PIECEWISE, FULL, BREAKABLE, BATCH_INVARIANT, V1, V2]
+# On the eager engine: `replay.Graphs` says what is replayed.
+REPLAY = Mode("replay", gpu=None)
+REPLAY_DECODE = Mode("replay-decode", gpu=None)
+REPLAYS = [REPLAY, REPLAY_DECODE]
+MODES = [DEFAULT, *REPLAYS, PIECEWISE, FULL, BREAKABLE, BATCH_INVARIANT, V1, V2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -136,6 +137,12 @@ def media_in_pieces(tokens: int, events: int = 4) -> list[Probe]:
     return stream
 
 
+def prefixes(block: int) -> tuple[Probe, Probe]:
+    """Two texts of which the second begins as the first, with a block of the prefix cache and
+    more."""
+    return Probe(block + 8, 60, max_tokens=4), Probe(block + 16, 60, max_tokens=4)
+
+
 @dataclass
 class Alone:
     """What each probe gets alone. Those of text are asked before the engine has seen a medium:
@@ -143,7 +150,10 @@ class Alone:
 
     llm: Any
     prompts: Prompts
-    flush: bool
+    flushes: bool
+    """Whether `flush` is needed before a medium is asked alone."""
+    in_python: Callable[[], AbstractContextManager[None]] = nullcontext
+    """In which no graph is replayed."""
     found: dict[Probe, Served] = field(default_factory=dict)
 
     def ask(self, probes: Iterable[Probe]) -> None:
@@ -153,30 +163,32 @@ class Alone:
         """
         for probe in dict.fromkeys(probe for probe in probes if probe.judged):
             if probe not in self.found:
-                if probe.medium is not None and self.flush:
-                    self._flush()
+                if probe.medium is not None and self.flushes:
+                    self.flush()
                 self.llm.reset_prefix_cache()
                 (served,) = step_through(self.llm, [joining(probe, self.prompts)])
                 if isinstance(served, RefusedError):
                     raise served
                 self.found[probe] = served
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         """A step of as much text as fits, for which no graph was captured: it runs the model's own
         Python, which ends what the medium before left."""
         config = self.llm.llm_engine.vllm_config
         words = min(budget(self.llm), config.model_config.max_model_len - 1)
-        step_through(self.llm, [joining(Probe(words, 0, judged=False), self.prompts)])
+        with self.in_python():
+            step_through(self.llm, [joining(Probe(words, 0, judged=False), self.prompts)])
 
-    def in_stream(self, stream: list[Probe], tokens: int) -> Rows:
+    def in_stream(self, stream: list[Probe], tokens: int, cached: bool = False) -> Rows:
         """How far each request of a stream is from the same request alone, with at most so many
-        tokens of a prompt a step (0: as the engine has it).
+        tokens of a prompt a step (0: as the engine has it). `cached`: the prefix cache stays.
 
         Raises:
             RefusedError: the engine refuses one.
         """
         self.ask(stream)
-        self.llm.reset_prefix_cache()
+        if not cached:
+            self.llm.reset_prefix_cache()
         with chunks(self.llm, tokens):
             served = step_through(self.llm, [joining(probe, self.prompts) for probe in stream])
         rows = []

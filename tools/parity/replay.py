@@ -30,7 +30,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-MODES = ("replay", "replay-decode")
 # These give Python a value, which a recording then keeps. Capturing a CUDA graph, an error.
 READS = {torch.ops.aten._local_scalar_dense, torch.ops.aten.is_nonzero, torch.ops.aten.equal}
 UNSEEN = {torch.Tensor.tolist, torch.Tensor.numpy}  # without an operation
@@ -173,7 +172,9 @@ class Recording:
             last[number].ends.append(number)
         for left, number in recorder.slots.items():
             if number not in given:
-                text = f"forward leaves a tensor behind, which a replay does not renew: {left.shape}"
+                text = (
+                    f"forward leaves a tensor behind, which a replay does not renew: {left.shape}"
+                )
                 recorder.warnings.add(text)
         return out
 
@@ -209,15 +210,17 @@ class Graphs:
     """In place of a model's `forward`, in one of the modes:
 
     run            Python, as the engine has it
-    padded         Python, on as many rows as a graph would have: what a replay has to equal
-    replay         steps that fit a size: breakable and full graphs
+    replay         steps that fit a size are replayed: breakable and full graphs
     replay-decode  those of them in which all requests decode: full graphs, by default
+
+    These steps are run by `graph`; by `python`, on as many rows as a graph has, which is what a
+    replay has to equal; or by `poison`: a replay, after which large features are staged.
     """
 
     def __init__(self, runner: Any, v2: bool):
         self.runner, self.forward, self.v2 = runner, runner.model.forward, v2
         self.embed = getattr(runner.model, "embed_input_ids", None)
-        self.mode, self.poison, self.given = "run", False, None
+        self.mode, self.by, self.given = "run", "graph", None
         self.recorded: dict[int, Recording] = {}
         self.counts, self.problems = {"replayed": 0, "python": 0}, dict[str, None]()
 
@@ -229,18 +232,17 @@ class Graphs:
             self.recorded[size] = Recording(inputs)
             return self.recorded[size].record(self.forward)
         padded = min((s for s in self.recorded if s >= size), default=0)
-        fits = self.mode in ("padded", "replay") or self.mode == "replay-decode" and self.decodes()
+        fits = self.mode == "replay" or (self.mode == "replay-decode" and self.decodes())
         if padded and fits and (moved := self.recorded[padded].moved(inputs, size, padded)):
             self.problems[f"the input {moved} is not where it was when forward was recorded"] = None
-            padded = 0
-        replays = padded and fits and self.mode != "padded"
-        self.counts["replayed" if replays else "python"] += 1
+            fits = False
+        self.counts["replayed" if padded and fits else "python"] += 1
         if not (padded and fits):
             return self.forward(**inputs)
         pad_slots(size, padded)
         recording = self.recorded[padded]
-        out = recording.run() if replays else self.forward(**recording.inputs)
-        if replays and self.poison and self.given is not None:
+        out = self.forward(**recording.inputs) if self.by == "python" else recording.run()
+        if self.by == "poison" and self.given is not None:
             self.stage(padded)
         return tree_map(lambda t: t[:size] if isinstance(t, torch.Tensor) else t, out)
 
@@ -346,11 +348,16 @@ class Replay:
         warnings = {text for each in graphs.recorded.values() for text in each.recorder.warnings}
         return {"sizes": sorted(graphs.recorded), "warnings": sorted(warnings)}
 
-    def replay_mode(self, mode: str, poison: bool = False) -> dict[str, Any]:
-        """From the next step on. Gives what the last mode did: steps replayed and run in Python,
-        and problems that kept it from replaying."""
+    def replay_mode(self, mode: str, by: str = "graph") -> tuple[str, str]:
+        """From the next step on, as `Graphs` has it. Gives what was before."""
         graphs = self.model_runner.model.forward
-        done = graphs.counts | {"problems": list(graphs.problems)}
-        graphs.mode, graphs.poison, graphs.problems = mode, poison, {}
-        graphs.counts = dict.fromkeys(graphs.counts, 0)
-        return done
+        before, (graphs.mode, graphs.by) = (graphs.mode, graphs.by), (mode, by)
+        return before
+
+    def replay_counts(self) -> dict[str, Any]:
+        """Since it was last asked: steps that were replayed, and others; and problems that kept
+        steps from being replayed."""
+        graphs = self.model_runner.model.forward
+        counts = graphs.counts | {"problems": list(graphs.problems)}
+        graphs.counts, graphs.problems = dict.fromkeys(graphs.counts, 0), {}
+        return counts

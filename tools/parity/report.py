@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .. import cli
 from ..engines import EngineError
 from .compare import compare, tolerance
 from .run import Result
@@ -80,7 +77,7 @@ def arm(
 ) -> dict[str, Any]:
     """One engine: its samples to eager's, its requests alone to eager's, and what leaked in it."""
     given: dict[str, Any] = {"mode": mode, "verdict": "", "reason": "", "seconds": None}
-    given |= {"samples": [], "to_transformers": [], "alone": None, "leaks": None}
+    given |= {"samples": [], "to_transformers": [], "alone": None, "leaks": None, "warnings": []}
     if isinstance(result, EngineError):
         return given | {"verdict": "failed", "reason": printable(str(result))}
     if "missing" in result.meta:
@@ -88,6 +85,7 @@ def arm(
     if others := other_tokens(mode, eager, result):
         return given | {"verdict": "failed", "reason": others[0]}
     given["seconds"], given["reason"] = round(result.seconds, 1), printable(result.error)
+    given["warnings"] = result.meta.get("warnings", [])
     if result is not eager:
         given["samples"] = [
             agreement(compare(theirs, ours), limit) for theirs, ours in zip(eager.runs, result.runs)
@@ -250,8 +248,11 @@ def unanswered(
         for a in arms
         if a["leaks"] and 2 * a["leaks"]["floor"] > limit
     ]
+    found += [f"mode {a['mode']}: {text}" for a in arms for text in a["warnings"]]
     if gpu is False:
-        found.append("what replayed CUDA graphs compute, and what leaks from them: needs a GPU")
+        replayed = any(a["mode"] == "replay" and a["samples"] for a in arms)
+        what = "CUDA's kernels, memory and streams" if replayed else "what replayed CUDA graphs do"
+        found.append(f"{what}: needs a GPU")
     if shares and shares["blank"] is None:
         found.append("what images count: the samples have none")
     elif shares and shares["levels"] is None:
@@ -392,17 +393,24 @@ def noise(one: Report) -> str:
     return f" (tolerance {one['tolerance']:.3g}{text})"
 
 
-def main() -> int:
-    """Shows reports that were written with `--json`; the last one's verdict is the exit code."""
-    reports = [json.loads(Path(file).read_text()) for file in sys.argv[1:]]
-    show(reports, Console(width=cli.width()))
-    return exit_code(reports[-1])
+def show_together(reports: Mapping[str, Report], console: Console) -> None:
+    """Prints reports of several vLLMs on the same samples: one table, and what each comes to."""
+    one = next(iter(reports.values()))
+    console.print(f"{escape(one['model'])}, {one['dtype']}, against vLLM's eager mode:")
+    heads, _ = rows_by_mode(one)
+    table = columns("", *heads)
+    for column in (table.columns[0], table.columns[1], table.columns[-1]):
+        column.justify = "left"
+    for name, each in reports.items():
+        for number_, row in enumerate(rows_by_mode(each)[1]):
+            table.add_row("" if number_ else name, *row, style=STYLES.get(row[-1], "dim"))
+        table.add_section()
+    console.print(table)
+    for name, each in reports.items():
+        style = STYLES.get(each["verdict"], "bold yellow")
+        console.print(f"{name} ({each['vllm']}): [{style}]{summary(each)}[/]", highlight=False)
 
 
 def exit_code(one: Report) -> int:
     """0: it agrees, 1: it diverges or leaks, 2: the check cannot tell."""
     return {"agrees": 0, "unknown": 2}.get(one["verdict"], 1)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

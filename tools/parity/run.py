@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from ..engines import EngineError, Job, engine_job, import_path, stopping
+from ..engines import EngineError, Job, engine_job, import_path, shared_cores, stopping
 from .compare import Run
 from .modes import EAGER, Mode
 from .samples import Sample
@@ -35,14 +36,17 @@ class Result:
     """Of its process."""
     error: str = ""
     """How it failed after that."""
+    replays: dict[str, Result] = field(default_factory=dict)
+    """By mode, what the same engine gave where its steps were replayed."""
 
     @classmethod
     def load(cls, file: Path) -> Result:
         """What an engine's process has written."""
         with np.load(file) as data:
             count = sum(key.startswith("tokens_") for key in data)
+            meta = json.loads(str(data["meta"]))
             return cls(
-                json.loads(str(data["meta"])),
+                meta,
                 [data[f"prompt_{i}"] for i in range(count)],
                 [int(data.get(f"images_{i}", 0)) for i in range(count)],
                 [int(data.get(f"image_tokens_{i}", 0)) for i in range(count)],
@@ -53,6 +57,7 @@ class Result:
                     )
                     for i in range(sum(key.startswith("alone_tokens_") for key in data))
                 },
+                seconds=meta.get("seconds", 0.0),
             )
 
 
@@ -65,12 +70,13 @@ def arm_job(
     tree: Path | None,
     options: list[str],
     folder: Path,
-    cores: list[int],
     name: str = "",
+    replays: Iterable[Mode] = (),
 ) -> Job:
-    """An engine in a mode. `options` are vLLM's."""
-    arguments = [mode.name, *options, *mode.options]
-    job = engine_job(name or mode.name, tree, arguments, folder, cores, ENGINE)
+    """An engine in a mode, and then in those that replay on it. `options` are vLLM's."""
+    names = ",".join(each.name for each in (mode, *replays))
+    arguments = [names, *options, *mode.options]
+    job = engine_job(name or mode.name, tree, arguments, folder, [], ENGINE)
     job.env |= dict(mode.env)
     if mode == EAGER:
         job.env["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # `apply_model`, in several workers
@@ -109,42 +115,51 @@ def run(jobs: list[Job], spec: Path, console: Console, at_once: int) -> list[Res
 
 
 def outcomes(
-    jobs: list[Job], spec: Path, console: Console, at_once: int
+    jobs: list[Job], spec: Path, console: Console, at_once: int, needed: Iterable[Job] = ()
 ) -> list[Result | EngineError]:
-    """The same, with the errors of those that failed. The first is what others are compared with:
-    where it fails, they are not run."""
+    """The same, with the errors of those that failed. Several at a time have cores of their own.
+    With those that are `needed` (default: the first) the others are compared: where one fails, no
+    more are run."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
         TextColumn("{task.fields[stage]}"),
         TimeElapsedColumn(),
     )
-    live = console.is_terminal
+    live, began = console.is_terminal, time.monotonic()
+    needed = list(needed) or jobs[:1]
     found: dict[Job, Result | EngineError] = {}
     with Progress(*columns, console=console, disable=not live) as progress, stopping(jobs):
         tasks = {
             job: progress.add_task(job.name, start=False, stage="waiting", total=1) for job in jobs
         }
-        for start in range(0, len(jobs), at_once):
-            running = dict.fromkeys(jobs[start : start + at_once], "")
-            began = time.monotonic()
-            for job in running:
-                job.start(spec)
-                progress.start_task(tasks[job])
-            while running:
-                time.sleep(0.2)
-                for job in list(running):
-                    stage, outcome = poll(job)
-                    if stage != running[job] and not live:
-                        console.print(f"{job.name}: {stage}", highlight=False)
-                    running[job] = stage
-                    progress.update(tasks[job], stage=stage, completed=int(outcome is not None))
-                    if isinstance(outcome, Result):
-                        outcome.seconds = time.monotonic() - began
-                    if outcome is not None:
-                        found[job] = outcome
-                        del running[job]
-                if isinstance(first := found.get(jobs[0]), EngineError):
+        waiting, running, started = jobs[::-1], dict[Job, str](), dict[Job, float]()
+        places = dict[int, Job]()
+        while waiting or running:
+            for place, cores in enumerate(shared_cores(at_once)):
+                if place not in places and waiting:
+                    job = places[place] = waiting.pop()
+                    if at_once > 1 and cores:
+                        job.env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
+                    running[job], started[job] = "", time.monotonic()
+                    job.start(spec)
+                    progress.start_task(tasks[job])
+            time.sleep(0.2)
+            for place, job in list(places.items()):
+                stage, outcome = poll(job)
+                if stage != running[job] and not live:
+                    seconds = f"[{time.monotonic() - began:4.0f} s]"
+                    console.print(seconds, f"{job.name}: {stage}", highlight=False, markup=False)
+                running[job] = stage
+                progress.update(tasks[job], stage=stage, completed=int(outcome is not None))
+                if isinstance(outcome, Result):
+                    replayed = sum(each.seconds for each in outcome.replays.values())
+                    outcome.seconds = time.monotonic() - started[job] - replayed
+                if outcome is not None:
+                    found[job] = outcome
+                    del running[job], places[place]
+            for job in needed:
+                if isinstance(first := found.get(job), EngineError):
                     raise first
     return [found[job] for job in jobs]
 
@@ -157,7 +172,17 @@ def poll(job: Job) -> tuple[str, Result | EngineError | None]:
     except EngineError as error:
         if not job.result.exists():
             return "failed", error
-        result = Result.load(job.result)
-        result.error = str(error)
-        return "failed", result
-    return stage, Result.load(job.result) if stage == "done" else None
+        return "failed", load(job, error)
+    return stage, load(job) if stage == "done" else None
+
+
+def load(job: Job, error: EngineError | None = None) -> Result:
+    """What a job gave in its modes; if it failed, the last of them has the error."""
+    first = last = Result.load(job.result)
+    for mode in job.arguments[0].split(",")[1:] if job.module == ENGINE else ():
+        file = job.result.with_name(f"{mode}.npz")
+        if file.exists():
+            last = first.replays[mode] = Result.load(file)
+    if error:
+        last.error = str(error)
+    return first

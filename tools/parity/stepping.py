@@ -124,3 +124,13 @@ def chunks(llm: Any, tokens: int) -> Iterator[None]:
         yield
     finally:
         scheduling.long_prefill_token_threshold = before
+
+
+@contextmanager
+def replaying(llm: Any, mode: str, by: str = "graph") -> Iterator[None]:
+    """An engine whose `forward` was recorded replays it, as `replay.Graphs` has it."""
+    (before,) = llm.collective_rpc("replay_mode", args=(mode, by))
+    try:
+        yield
+    finally:
+        llm.collective_rpc("replay_mode", args=tuple(before))

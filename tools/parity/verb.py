@@ -10,7 +10,7 @@ from typing import Any
 from .. import cli
 from ..cli import UserError
 from . import FORMAT
-from .modes import FULL, MODES, PIECEWISE
+from .modes import FULL, MODES, PIECEWISE, REPLAYS
 
 CHECK = """\
 Is a model right when it is compiled? Runs it in vLLM engines, each in a process of its own: eager,
@@ -29,6 +29,7 @@ examples:
 # What the check itself decides; given to an engine they would undo it.
 OWN = ("--enforce-eager", "--no-enforce-eager", "--logprobs-mode", "--max-logprobs")
 NAMES = [mode.name for mode in MODES]
+REPLAYED = {mode.name for mode in REPLAYS}  # by a worker extension
 GRAPHS = {PIECEWISE.name, FULL.name}  # they are a compilation config
 
 
@@ -58,8 +59,8 @@ def add(verbs: Any) -> None:
         "--modes",
         nargs="+",
         choices=NAMES,
-        default=NAMES[:1],
-        help=f"how vLLM compiles and runs it (default: {NAMES[0]}): {', '.join(NAMES)}",
+        help="how vLLM compiles and runs it (default: default; on a CPU, also replay and "
+        f"replay-decode): {', '.join(NAMES)}",
         metavar="MODE",
     )
     parser.add_argument("--dtype", default="auto", help="as vLLM has it (default: auto)")
@@ -98,7 +99,11 @@ def execute(args: argparse.Namespace) -> int:
         name = option.split("=")[0].replace("_", "-")
         if name.startswith("--") and any(own.startswith(name) for own in OWN):
             args.parser.error(f"{option}: the check sets this itself")
-        if GRAPHS & set(args.modes) and re.match(r"(-O|-cc|--compilation[-_]config)\b", option):
+        if REPLAYED & set(args.modes or ()) and name.startswith("--worker-ext"):
+            args.parser.error(f"{option}: --modes replay and replay-decode set this themselves")
+        if GRAPHS & set(args.modes or ()) and re.match(
+            r"(-O|-cc|--compilation[-_]config)\b", option
+        ):
             args.parser.error(f"{option}: --modes piecewise and full set this themselves")
     try:
         from .check import execute

@@ -1,0 +1,1 @@
+"""Who meets features that leak, in ordinary traffic: wrong requests, by requests in flight."""

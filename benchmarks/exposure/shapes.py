@@ -1,0 +1,87 @@
+"""Which released sizes get breakable graphs from VLLM_BATCH_INVARIANT=1, by GPU and tensor parallel.
+
+The vLLM that is imported is asked, by the method of its configuration that decides. Its platform is
+told that it is CUDA, and of which capability. Needs no GPU, and of a release no more than its files.
+
+    PYTHONPATH=build/sdist/vllm-0.33.0 python -m benchmarks.exposure.shapes [OUT.json]
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+from benchmarks.speed import page
+from tools import cli
+from tools.engines import vllm_name
+
+PARALLEL = (1, 2, 4, 8)
+GPUS = {"Ampere": (8, 0), "Ada": (8, 9), "Hopper": (9, 0), "Blackwell": (10, 0), "sm120": (12, 0)}
+# The decoder's width, its experts' or layers' inner width, attention heads, and those of keys: as in
+# `text_config` of config.json at huggingface.co/Qwen/NAME-Instruct. Heads have 128 features there.
+SIZES = {
+    "Qwen3-VL-2B": ("Qwen3VL", 2048, 6144, 16, 8),
+    "Qwen3-VL-4B": ("Qwen3VL", 2560, 9728, 32, 8),
+    "Qwen3-VL-8B": ("Qwen3VL", 4096, 12288, 32, 8),
+    "Qwen3-VL-32B": ("Qwen3VL", 5120, 25600, 64, 8),
+    "Qwen3-VL-30B-A3B": ("Qwen3VLMoe", 2048, 6144, 32, 4),
+    "Qwen3-VL-235B-A22B": ("Qwen3VLMoe", 4096, 12288, 64, 4),
+    "Qwen3-Omni-30B-A3B": ("Qwen3OmniMoe", 2048, 768, 32, 4),
+}
+
+
+def model_config(family: str, *shape: int) -> Any:
+    """vLLM's own, of a checkpoint that is a configuration alone, of two layers."""
+    import transformers
+    from vllm.config import ModelConfig
+
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    text = dict(zip(names, shape)) | {"head_dim": 128, "num_hidden_layers": 2}
+    parts: dict[str, Any] = {"text_config": text}
+    if "Omni" in family:
+        parts = {"thinker_config": parts}
+    config = getattr(transformers, f"{family}Config")(**parts)
+    config.architectures = [f"{family}ForConditionalGeneration"]
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        return ModelConfig(model=folder, skip_tokenizer_init=True, dtype="bfloat16")
+
+
+def sizes(model: Any, capability: tuple[int, int]) -> list[int]:
+    """Those of tensor parallel with which vLLM switches breakable graphs on."""
+    from vllm import platforms
+    from vllm.config import VllmConfig
+    from vllm.platforms.interface import DeviceCapability
+
+    found = []
+    gpu = {"is_cuda": lambda: True, "get_device_capability": lambda: DeviceCapability(*capability)}
+    with mock.patch.multiple(platforms.current_platform, **gpu):
+        for size in PARALLEL:
+            config = SimpleNamespace(
+                model_config=model, parallel_config=SimpleNamespace(tensor_parallel_size=size)
+            )
+            if VllmConfig._uses_breakable_cudagraph_for_batch_invariance(config):
+                found.append(size)
+    return found
+
+
+def main(out: str = "") -> None:
+    os.environ["VLLM_BATCH_INVARIANT"] = "1"
+    rows = []
+    for name, (family, *shape) in SIZES.items():
+        model = model_config(family, *shape)
+        rows.append({"model": name} | {gpu: sizes(model, which) for gpu, which in GPUS.items()})
+    text = [[", ".join(map(str, row[g])) or "–" for g in GPUS] for row in rows]
+    print(f"vLLM {vllm_name()}: tensor parallel sizes that get breakable graphs\n")
+    print(page.table(["", *GPUS], [[row["model"], *line] for row, line in zip(rows, text)]))
+    if out:
+        cli.write_json({"benchmark": "shapes", "vllm": vllm_name(), "rows": rows}, Path(out))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
