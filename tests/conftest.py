@@ -39,7 +39,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--bites",
         metavar="VARIANT",
-        help="the vLLM that is imported is a broken one (stock, pr43617, newest, 0.20.1, 0.25.1): "
+        help="the vLLM that is imported is a broken one (stock, pr43617, newest, 0.20.1 …): "
         "run the tests that are said to fail on it, and expect each to fail",
     )
     parser.addoption("--optional", action="store_true", help="run those marked optional, too")
@@ -167,7 +167,7 @@ def variants() -> dict[str, Version]:
     default = releases.default().version
     newest = max(releases.releases())
     made = {"stock": default, "pr43617": default, "newest": newest}
-    return made | {version: Version(version) for version in ("0.20.1", "0.25.1")}
+    return made | {version: Version(version) for version in ("0.20.1", "0.25.1", "0.32.0")}
 
 
 def said(item, marker: str, variant: str) -> bool:

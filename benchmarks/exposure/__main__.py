@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -37,8 +38,11 @@ from tools.parity.compare import Run, compare, tolerance
 from tools.parity.modes import BATCH_INVARIANT, EAGER, MODES, REPLAYS, Mode, graphs
 
 from .engine import load
+from .streams import STREAMS
 from .traffic import ARRIVALS, Cell, Request, requests
 
+Entry = dict[str, Any]
+CELL = [field.name for field in fields(Cell)]
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
 NGRAM |= {"prompt_lookup_min": 1}
 BACKEND = "--attention-backend"
@@ -54,9 +58,9 @@ CACHES = ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR")
 # vLLM's own limits for a server on an H100, and memory for several engines on one.
 OPTIONS = ["--max-num-batched-tokens", "8192", "--max-num-seqs", "1024", "--max-model-len", "2048"]
 OPTIONS += ["--gpu-memory-utilization", "0.05", "--kv-cache-memory-bytes", "1G", "--seed", "0"]
-OPTIONS += ["--logprobs-mode", "raw_logits", "--max-logprobs", "-1"]
-REPLAY = ["--enforce-eager", "--dtype", "float32"]
-REPLAY += ["--worker-extension-cls", "tools.parity.replay.Replay"]
+OPTIONS += ["--logprobs-mode", "raw_logits", "--max-logprobs", "-1", "--dtype", "bfloat16"]
+EXTENSION = ("--worker-extension-cls", "tools.parity.replay.Replay")
+REPLAY = Mode("replay", (*EAGER.options, "--dtype", "float32", *EXTENSION))
 
 
 @dataclass(frozen=True)
@@ -78,11 +82,10 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add, some = parser.add_argument, {"nargs": "+", "metavar": "…"}
+    add, some = parser.add_argument, dict[str, Any](nargs="+", metavar="…")
     results.add_variants(parser)
-    results.add_output(parser)
-    parser.set_defaults(output_dir=Path("exposure-results"))
     add("--model", required=True, nargs="+", metavar="NAME=DIR", help="checkpoints")
+    add("--output-dir", type=Path, default=Path("exposure-results"), help="of results.json")
     add("--modes", choices=BY_NAME, default=["default"], **some, help=", ".join(BY_NAME))
     add("--in-flight", type=cli.positive, default=[1, 2, 4, 16, 64], **some)
     add("--arrivals", choices=ARRIVALS, default=ARRIVALS[:1], **some, help=", ".join(ARRIVALS))
@@ -100,10 +103,13 @@ def cells(args: argparse.Namespace) -> list[Cell]:
     sides = [0 if size == "small" else cli.positive(size) for size in args.size]
     kinds = product(args.share, sides, args.arrivals, args.in_flight)
     rest = (args.requests, args.system_prompt, args.traffic_seed)
-    return [Cell(arrivals, n, share, side, *rest) for share, side, arrivals, n in kinds]
+    drawn = [Cell(kind, n, s, side, *rest) for s, side, kind, n in kinds if kind not in STREAMS]
+    omni = any("omni" in text for text in args.model)
+    return [*drawn, *(Cell(kind, 0, 0.0, omni=omni) for kind in args.arrivals if kind in STREAMS)]
 
 
 def model_options(model: Path, served: list[Cell]) -> list[str]:
+    """For the traffic, of which all begins with the same system prompt, or none."""
     limits = {"image": 1, "video": 0}
     if "omni" in json.loads((model / "config.json").read_text())["model_type"]:
         limits["audio"] = 0
@@ -137,16 +143,12 @@ def arms(args: argparse.Namespace, options: list[str], folder: Path) -> list[Arm
     def job(model: str, path: str, mode: Mode, vllm: Variant) -> Job:
         name = f"{model}.{mode.name}.{vllm.name}"
         if name not in jobs:
-            own = [*OPTIONS, *(REPLAY if replay else ()), *mode.options, *options]
-            every = [*model_options(Path(path), cells(args)), *own]
-            place = cores[len(jobs) % len(cores)]
-            made = engine_job(
-                name, vllm.tree, every, folder, place, f"{__package__}.engine", ".json"
-            )
+            every = [*model_options(Path(path), cells(args)), *OPTIONS, *mode.options, *options]
+            place, module = cores[len(jobs) % len(cores)], f"{__package__}.engine"
+            made = jobs[name] = engine_job(name, vllm.tree, every, folder, place, module, ".json")
             made.env |= {cache: str(folder / f"{name}.{cache.lower()}") for cache in CACHES}
             made.env.setdefault("DEEPSTACK_DISABLE", "1")  # each vLLM as its files are
             made.env |= dict(mode.env)
-            jobs[name] = made
         return jobs[name]
 
     found = []
@@ -155,58 +157,54 @@ def arms(args: argparse.Namespace, options: list[str], folder: Path) -> list[Arm
         if not Path(path, "config.json").is_file():
             raise UserError(f"--model {text}: not NAME=DIR, or no config.json in DIR")
         if replay:  # one engine is in all its modes
-            one = other = job(model, path, Mode("replay"), vllm)
+            one = other = job(model, path, REPLAY, vllm)
         else:
             one, other = job(model, path, mode, vllm), job(model, path, eager(mode), fork)
         found.append(Arm(model, mode, vllm.name, one, other))
     return found
 
 
-def outcomes(
-    jobs: list[Job], spec: Path, console: Console, at_once: int
-) -> Iterator[tuple[Job, str]]:
-    """Runs so many at a time. Each as it ends, with its error if it failed."""
+def outcomes(jobs: list[Job], spec: Path, args: argparse.Namespace) -> Iterator[tuple[Job, str]]:
+    """Runs them, so many at once. Each as it ends, with its error if it failed."""
     waiting, running, began = jobs[::-1], dict[Job, str](), time.monotonic()
-    with results.progress(console) as progress, stopping(jobs):
+    with results.progress(Console(stderr=True)) as progress, stopping(jobs):
         task = progress.add_task("engines", total=len(jobs))
         while waiting or running:
-            while waiting and len(running) < at_once:
+            while waiting and len(running) < args.at_once:
                 waiting[-1].start(spec)
                 running[waiting.pop()] = ""
             time.sleep(0.2)
-            for job in list(running):
+            for job, before in list(running.items()):
                 error = ""
                 try:
-                    stage = job.stage()
-                except EngineError as failure:
-                    stage, error = "failed", str(failure)
-                if stage != running[job]:
-                    seconds = f"{time.monotonic() - began:5.0f} s"
-                    progress.console.print(f"{seconds}  {job.name}: {stage}", highlight=False)
-                running[job] = stage
+                    stage = running[job] = job.stage()
+                except EngineError:
+                    stage = "failed"
+                    error = str(job.failure(shutil.copy(job.log, args.output_dir)))
+                if stage != before:
+                    line = f"{time.monotonic() - began:5.0f} s  {job.name}: {stage}"
+                    progress.console.print(line, highlight=False, soft_wrap=True)
                 if error or stage == "done":
                     del running[job]
                     progress.advance(task)
                     yield job, error
 
 
-def judged(sent: list[Request], ours: list[Run], right: list[Run], limit: float) -> dict[str, Any]:
-    """How many requests differ by more than `limit`; the largest |Δlogit|; other tokens."""
+def judged(sent: list[Request], ours: list[Run], right: list[Run], limit: float) -> Entry:
+    """How many requests differ by more than `limit`; the largest |Δlogit|, of all and of each;
+    other answers."""
     found = dict.fromkeys(("wrong_texts", "texts", "wrong_images", "images", "other_answers"), 0)
-    largest = 0.0
+    rows: list[float] = []
     for request, *runs in zip(sent, ours, right, strict=True):
-        difference = compare(*runs)
-        kind = "images" if request.image else "texts"
+        difference, kind = compare(*runs), "images" if request.image else "texts"
         found[kind] += 1
         found[f"wrong_{kind}"] += not difference.largest <= limit
         found["other_answers"] += difference.agreed < difference.steps
-        largest = max(largest, difference.largest)
-    return found | {"largest": largest, "limit": limit}
+        rows.append(difference.largest)
+    return found | {"largest": max(rows), "limit": limit, "rows": rows}
 
 
-def entries(
-    arm: Arm, served: list[Cell], rows: str, errors: dict[Job, str]
-) -> list[dict[str, Any]]:
+def entries(arm: Arm, served: list[Cell], rows: str, errors: dict[Job, str]) -> list[Entry]:
     """Of an arm whose engines have ended: one for each cell."""
     replay = arm.mode in REPLAYS
     mode = arm.mode.name + (", V1's rows" if replay and rows == "V1" else "")
@@ -216,70 +214,70 @@ def entries(
     error = error or arm.mode.missing(meta["version"].partition(" ")[0], not replay)
     if error:
         return [base | asdict(cell) | {"error": error} for cell in served]
+    base |= {name: meta[name] for name in ("version", "dtype", "graphs")}
+    exact = replay or set(BATCH_INVARIANT.env) <= set(arm.mode.env)
     found = []
     for number, cell in enumerate(served):
         keys = [f"{number}-{arm.mode.name}-{by}" for by in ("graph", "python")]
         one, other = keys if replay else [str(number)] * 2
         ours, right = load(arm.job.result, one), load(arm.right.result, other)
-        exact = replay or set(BATCH_INVARIANT.env) <= set(arm.mode.env)
         limit = 0.0 if exact else tolerance(meta["dtype"], right)
         counts = judged(requests(cell), ours, right, limit)
-        said = {name: meta[name] for name in ("version", "dtype", "graphs")}
-        found.append({**base, **asdict(cell), **counts, **meta["served"][one], **said})
+        if cell.arrivals not in STREAMS:
+            del counts["rows"]
+        found.append(base | asdict(cell) | counts | meta["served"][one])
     return found
 
 
-def merged(
-    before: dict[str, Any], run: dict[str, Any], new: list[dict[str, Any]]
-) -> dict[str, Any]:
+def merged(before: Entry, run: Entry, new: list[Entry]) -> Entry:
     """Each entry says of which run it is; of one that was measured again, the last is kept."""
     new = [entry | {"run": len(before["runs"])} for entry in new]
-    names = ("model", "mode", "vllm", *(field.name for field in fields(Cell)))
+    names = ("model", "mode", "vllm", *CELL)
     kept = {tuple(each[name] for name in names): each for each in [*before["entries"], *new]}
     return {"benchmark": "exposure", "runs": [*before["runs"], run], "entries": [*kept.values()]}
 
 
-def table(found: list[dict[str, Any]]) -> str:
+def table(found: list[Entry]) -> str:
     """Markdown: wrong texts by requests in flight, and wrong images where there are any."""
     columns = sorted({entry["in_flight"] for entry in found})
-    lines: dict[tuple[str, ...], dict[int, dict[str, Any]]] = {}
+    lines: dict[tuple[str, ...], dict[int, Entry]] = {}
     for entry in found:
-        cell = Cell(**{field.name: entry[field.name] for field in fields(Cell)})
-        line = (entry["model"], entry["mode"], entry["vllm"], str(cell))
-        lines.setdefault(line, {})[cell.in_flight] = entry
+        traffic = str(Cell(**{name: entry[name] for name in CELL}))
+        of = (entry["model"], entry["mode"], entry["vllm"], traffic)
+        lines.setdefault(of, {})[entry["in_flight"]] = entry
     rows = []
     for line, counted in lines.items():
-        for kind in ("texts", "images"):
-            if kind == "texts" or any(each.get("wrong_images") for each in counted.values()):
-                shown = [
-                    ""
-                    if n not in counted
-                    else "failed"
-                    if "error" in counted[n]
-                    else f"{counted[n][f'wrong_{kind}']} of {counted[n][kind]}"
-                    for n in columns
-                ]
-                rows.append([*line, kind, *shown])
+        wrong = any(entry.get("wrong_images") for entry in counted.values())
+        for kind in ("texts", "images") if wrong else ("texts",):
+            rows.append([*line, kind, *(said(counted.get(n), kind) for n in columns)])
     return page.table(["model", "mode", "vLLM", "traffic", "wrong", *map(str, columns)], rows)
+
+
+def said(entry: Entry | None, kind: str) -> str:
+    if entry is None or "error" in entry:
+        return "failed" if entry else ""
+    return f"{entry[f'wrong_{kind}']} of {entry[kind]}"
 
 
 def execute(args: argparse.Namespace, options: list[str]) -> int:
     results.claim(args.output_dir)
     file, served = args.output_dir / "results.json", cells(args)
     before = json.loads(file.read_text()) if file.exists() else {"runs": [], "entries": []}
-    new: list[dict[str, Any]] = []
+    new: list[Entry] = []
+    done: dict[Arm, list[Entry]] = {}
     with tempfile.TemporaryDirectory(prefix="exposure.") as temporary:
-        waiting = arms(args, options, Path(temporary))
+        every = arms(args, options, Path(temporary))
         replays = [name for name in args.modes if BY_NAME[name] in REPLAYS]
         spec, ended, run = Path(temporary, "spec.json"), dict[Job, str](), machine()
         traffic = [asdict(cell) for cell in served]
         spec.write_text(json.dumps({"cells": traffic, "replays": replays, "rows": args.rows}))
-        jobs = list(dict.fromkeys(job for arm in waiting for job in (arm.right, arm.job)))
-        for job, error in outcomes(jobs, spec, Console(stderr=True), args.at_once):
+        jobs = list(dict.fromkeys(job for arm in every for job in (arm.right, arm.job)))
+        for job, error in outcomes(jobs, spec, args):
             ended[job] = error
-            for arm in [each for each in waiting if {each.job, each.right} <= ended.keys()]:
-                waiting.remove(arm)
-                new += entries(arm, served, args.rows, ended)
+            for arm in every:
+                if arm not in done and {arm.job, arm.right} <= ended.keys():
+                    done[arm] = entries(arm, served, args.rows, ended)
+            new = [entry for arm in every for entry in done.get(arm, [])]
             cli.write_json(merged(before, run, new), file)
     print(table(new), end="")
     for error in dict.fromkeys(entry["error"] for entry in new if "error" in entry):

@@ -17,8 +17,9 @@ import numpy as np
 
 from tools.engines import STAGE, make_engine, vllm_name
 from tools.parity.compare import Run
-from tools.parity.stepping import Joining, RefusedError, budget, replaying, step_through
+from tools.parity.stepping import Joining, RefusedError, budget, chunks, replaying, step_through
 
+from .streams import STREAMS
 from .traffic import Cell, joining, words
 
 
@@ -35,9 +36,9 @@ def main(spec: Path, result: Path, options: list[str]) -> None:
         "served": {},
     }
     # In replay, in each mode: what is right, by Python on as many rows, and by the graph.
-    passes = [(mode, by) for mode in job["replays"] for by in ("python", "graph")]
+    passes = [[mode, by] for mode in job["replays"] for by in ("python", "graph")]
     for number, cell in enumerate(cells):
-        for how in passes or [()]:
+        for how in passes or [[]]:
             title = f"{number + 1} of {len(cells)}: {cell}, {cell.in_flight} in flight"
             print(f"{STAGE}{' '.join([title, *how])}", flush=True)
             key = "-".join([str(number), *how])
@@ -79,8 +80,10 @@ def serve(llm: Any, cell: Cell, file: Path, mode: str = "", by: str = "") -> dic
         RefusedError: the engine refuses a request.
     """
     flush(llm)
-    began, arrays, ended, present = time.monotonic(), {}, 0, 0
-    with replaying(llm, mode, by) if mode else nullcontext():
+    began, ended, present = time.monotonic(), 0, 0
+    arrays: dict[str, np.ndarray] = {}
+    _, chunk = STREAMS.get(cell.arrivals, (None, 0))
+    with chunks(llm, chunk), replaying(llm, mode, by) if mode else nullcontext():
         served = step_through(llm, joining(cell, llm.get_tokenizer()))
     for number, each in enumerate(served):
         if isinstance(each, RefusedError):
@@ -88,7 +91,7 @@ def serve(llm: Any, cell: Cell, file: Path, mode: str = "", by: str = "") -> dic
         assert each.run
         arrays |= {f"tokens_{number}": each.run.tokens, f"logits_{number}": each.run.logits}
         ended, present = max(ended, each.ended + 1), present + each.ended + 1 - each.joined
-    np.savez(file, **arrays)
+    np.savez(file, **arrays)  # type: ignore[arg-type]
     counts = llm.collective_rpc("replay_counts")[0] if mode else {}
     mean, seconds = round(present / ended, 1), round(time.monotonic() - began, 1)
     return counts | {"steps": ended, "mean_in_flight": mean, "seconds": seconds}

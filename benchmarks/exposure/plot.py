@@ -8,46 +8,17 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-
-def draw(entries: list[dict[str, Any]], title: str, path: Path) -> None:
-    """A line for each mode and vLLM: solid on a GPU, dashed in replay."""
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    lines: dict[tuple[str, str], dict[int, float]] = {}
-    for entry in entries:
-        line = lines.setdefault((entry["mode"], entry["vllm"]), {})
-        line[entry["in_flight"]] = entry["wrong_texts"] / entry["texts"]
-    modes = list(dict.fromkeys(mode for mode, _ in lines))
-    vllms = list(dict.fromkeys(vllm for _, vllm in lines))
-    for (mode, vllm), line in lines.items():
-        counts = sorted(line)
-        axes.plot(
-            counts,
-            [100 * line[n] for n in counts],
-            linestyle="--" if mode.startswith("replay") else "-",
-            color=f"C{modes.index(mode)}",
-            marker="osx^"[vllms.index(vllm) % 4],
-            label=f"{vllm}, {mode}",
-        )
-    counts = sorted({entry["in_flight"] for entry in entries})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(counts, map(str, counts))
-    axes.set_ylim(-3, 103)
-    axes.set_xlabel("requests in flight")
-    axes.set_ylabel("wrong texts, %")
-    axes.set_title(title, fontsize=10)
-    axes.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+from .traffic import Cell
 
 
 def main() -> None:
+    """A line for each mode and vLLM: solid on a GPU, dashed in replay."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.exposure.plot", description=__doc__)
     parser.add_argument("out", type=Path, help="a .png or .svg")
     parser.add_argument("results", type=Path, nargs="+")
@@ -56,11 +27,29 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=0, help="of images, in pixels; 0: small ones")
     parser.add_argument("--arrivals", default="poisson")
     args = parser.parse_args()
-    every = [entry for file in args.results for entry in json.loads(file.read_text())["entries"]]
-    names = ("model", "share", "side", "arrivals")
-    chosen = [e for e in every if "error" not in e and all(e[n] == vars(args)[n] for n in names)]
-    images = f"images of up to {args.side} px" if args.side else "small images"
-    draw(chosen, f"{args.model}: {args.share:.0%} {images}, {args.arrivals}", args.out)
+    lines: dict[tuple[str, str], dict[int, float]] = {}
+    for entry in (e for file in args.results for e in json.loads(file.read_text())["entries"]):
+        wanted = all(entry[n] == vars(args)[n] for n in ("model", "share", "side", "arrivals"))
+        if wanted and entry.get("texts"):
+            line = lines.setdefault((entry["mode"], entry["vllm"]), {})
+            line[entry["in_flight"]] = 100 * entry["wrong_texts"] / entry["texts"]
+    if not lines:
+        parser.error("there are no such results")
+    modes, vllms = (list(dict.fromkeys(names)) for names in zip(*lines))
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for (mode, vllm), line in lines.items():
+        style = "--" if mode.startswith("replay") else "-"
+        look = f"C{modes.index(mode)}{'osx^'[vllms.index(vllm) % 4]}{style}"
+        axes.plot(*zip(*sorted(line.items())), look, label=f"{vllm}, {mode}")
+    counts = sorted({count for line in lines.values() for count in line})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, map(str, counts))
+    axes.set_xlabel("requests in flight")
+    axes.set_ylabel("wrong texts, %")
+    cell = Cell(args.arrivals, 0, args.share, args.side)
+    axes.set_title(f"{args.model}: {cell}", fontsize=10)
+    axes.legend(fontsize=7)
+    figure.savefig(args.out, dpi=120)
 
 
 if __name__ == "__main__":

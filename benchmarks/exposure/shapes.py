@@ -1,7 +1,7 @@
-"""Which released sizes get breakable graphs from VLLM_BATCH_INVARIANT=1, by GPU and tensor parallel.
+"""Which released sizes get breakable graphs from VLLM_BATCH_INVARIANT=1, by GPU family.
 
-The vLLM that is imported is asked, by the method of its configuration that decides. Its platform is
-told that it is CUDA, and of which capability. Needs no GPU, and of a release no more than its files.
+Asks the method that decides it, of the vLLM that is imported, while that is told that it is on a
+GPU of some capability. It needs no GPU, and of a release (0.31.0 or later) its Python files alone.
 
     PYTHONPATH=build/sdist/vllm-0.33.0 python -m benchmarks.exposure.shapes [OUT.json]
 """
@@ -16,14 +16,16 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import transformers
+
 from benchmarks.speed import page
 from tools import cli
 from tools.engines import vllm_name
 
 PARALLEL = (1, 2, 4, 8)
 GPUS = {"Ampere": (8, 0), "Ada": (8, 9), "Hopper": (9, 0), "Blackwell": (10, 0), "sm120": (12, 0)}
-# The decoder's width, its experts' or layers' inner width, attention heads, and those of keys: as in
-# `text_config` of config.json at huggingface.co/Qwen/NAME-Instruct. Heads have 128 features there.
+NAMES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+# As in config.json of huggingface.co/Qwen/NAME-Instruct, whose heads all have 128 features.
 SIZES = {
     "Qwen3-VL-2B": ("Qwen3VL", 2048, 6144, 16, 8),
     "Qwen3-VL-4B": ("Qwen3VL", 2560, 9728, 32, 8),
@@ -37,11 +39,9 @@ SIZES = {
 
 def model_config(family: str, *shape: int) -> Any:
     """vLLM's own, of a checkpoint that is a configuration alone, of two layers."""
-    import transformers
     from vllm.config import ModelConfig
 
-    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-    text = dict(zip(names, shape)) | {"head_dim": 128, "num_hidden_layers": 2}
+    text = dict(zip(NAMES, shape)) | {"head_dim": 128, "num_hidden_layers": 2}
     parts: dict[str, Any] = {"text_config": text}
     if "Omni" in family:
         parts = {"thinker_config": parts}
@@ -52,19 +52,18 @@ def model_config(family: str, *shape: int) -> Any:
         return ModelConfig(model=folder, skip_tokenizer_init=True, dtype="bfloat16")
 
 
-def sizes(model: Any, capability: tuple[int, int]) -> list[int]:
+def sizes(model: Any, which: tuple[int, int]) -> list[int]:
     """Those of tensor parallel with which vLLM switches breakable graphs on."""
     from vllm import platforms
     from vllm.config import VllmConfig
     from vllm.platforms.interface import DeviceCapability
 
     found = []
-    gpu = {"is_cuda": lambda: True, "get_device_capability": lambda: DeviceCapability(*capability)}
-    with mock.patch.multiple(platforms.current_platform, **gpu):
+    gpu = mock.Mock(is_cuda=lambda: True, get_device_capability=lambda: DeviceCapability(*which))
+    with mock.patch.object(platforms, "current_platform", gpu):
         for size in PARALLEL:
-            config = SimpleNamespace(
-                model_config=model, parallel_config=SimpleNamespace(tensor_parallel_size=size)
-            )
+            parallel = SimpleNamespace(tensor_parallel_size=size)
+            config = SimpleNamespace(model_config=model, parallel_config=parallel)
             if VllmConfig._uses_breakable_cudagraph_for_batch_invariance(config):
                 found.append(size)
     return found
@@ -72,7 +71,7 @@ def sizes(model: Any, capability: tuple[int, int]) -> list[int]:
 
 def main(out: str = "") -> None:
     os.environ["VLLM_BATCH_INVARIANT"] = "1"
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, (family, *shape) in SIZES.items():
         model = model_config(family, *shape)
         rows.append({"model": name} | {gpu: sizes(model, which) for gpu, which in GPUS.items()})

@@ -378,7 +378,9 @@ class TestProbing:
 
         def run(tokens=30, captured=512, modality="image", mark="<image>", cuts=True, refused=""):
             graphs = SimpleNamespace(cudagraph_capture_sizes=[1, captured] if captured else [])
-            config = SimpleNamespace(compilation_config=graphs)
+            cache = SimpleNamespace(enable_prefix_caching=False, block_size=16)
+            config = SimpleNamespace(compilation_config=graphs, cache_config=cache)
+            config.model_config = SimpleNamespace(max_model_len=4096)
             asked: list[tuple[bool, int]] = []
 
             class Alone(engine.Alone):
@@ -388,7 +390,7 @@ class TestProbing:
                             raise RefusedError(refused)
                         self.found[one] = Served(None, [0] * tokens, 0, 0)
 
-                def in_stream(self, stream, chunk):
+                def in_stream(self, stream, chunk, cached=False):
                     asked.append((any(p.medium is not None for p in stream), chunk))
                     return []
 
@@ -397,7 +399,7 @@ class TestProbing:
             monkeypatch.setattr(engine, "Alone", Alone)
             monkeypatch.setattr(engine, "can_chunk", lambda llm: cuts)
             llm = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=config))
-            probing = engine.Probing(llm, flush=False)
+            probing = engine.Probing(llm, flushes=False)
             probing.before_media()
             assert asked == [(False, 0)]  # text, and before any medium
             probing.after_media()

@@ -9,6 +9,7 @@ import multiprocessing
 import sys
 import uuid
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,7 +19,7 @@ from tools.engines import engine_job, make_engine, stopping
 from tools.parity.compare import Run
 from tools.parity.engine import answer
 from tools.parity.run import Result
-from tools.parity.stepping import Joining, RefusedError, budget, chunks, step_through
+from tools.parity.stepping import Joining, RefusedError, budget, chunks, replaying, step_through
 
 from .streams import Request, Text
 
@@ -58,13 +59,25 @@ class Engine:
         except (EOFError, ConnectionError):
             raise self.job.failure() from None
 
-    def serve(self, stream: list[Request], threshold: int = 0) -> list[Run]:
+    def serve(
+        self, stream: list[Request], threshold: int = 0, mode: str = "", by: str = "graph"
+    ) -> list[Run]:
         """What each request got, served together as they join: a ValueError if it was refused.
 
         With a threshold, a step has no more tokens of one prompt, if there are other requests:
-        `long_prefill_token_threshold`.
+        `long_prefill_token_threshold`. With a mode, `forward` is replayed, as `replay.Graphs` has
+        it; `record` comes first.
         """
-        return self._ask(partial(serve, stream=stream, threshold=threshold))
+        how = {"stream": stream, "threshold": threshold, "mode": mode, "by": by}
+        return self._ask(partial(serve, **how))
+
+    def record(self, v2: bool = True) -> dict[str, Any]:
+        """`Replay.replay_record`, on a CPU."""
+        return self._ask(partial(call, method="replay_record", arguments=(v2,)))
+
+    def replayed(self) -> dict[str, Any]:
+        """`Replay.replay_counts`."""
+        return self._ask(partial(call, method="replay_counts", arguments=()))
 
     def sample(self, spec: Path, result: Path) -> Result:
         """What it gives for the samples of a check's job, from the file where it is kept."""
@@ -95,7 +108,8 @@ def main(connection: Connection, options: list[str]) -> None:
     # Not PyTorch's build, which may be CUDA's on any machine, and not `torch.cuda.is_available()`:
     # workers that fork off from this process could not use CUDA then.
     if current_platform.is_cpu():
-        options = [*options, "--worker-extension-cls", "tests.serving.unpinned.Unpinned"]
+        extension = "drawn.Drawn" if "dummy" in options else "unpinned.Unpinned"
+        options = [*options, "--worker-extension-cls", f"tests.serving.{extension}"]
     llm = make_engine(options)
     while True:
         try:
@@ -103,6 +117,10 @@ def main(connection: Connection, options: list[str]) -> None:
         except EOFError:
             return
         connection.send((number, question(llm)))
+
+
+def call(llm: Any, method: str, arguments: tuple[Any, ...]) -> Any:
+    return llm.collective_rpc(method, args=arguments)[0]
 
 
 def apply(llm: Any, function: Callable[[Any], Any]) -> Any:
@@ -114,7 +132,9 @@ def sleep_and_wake(llm: Any) -> None:
     llm.wake_up()
 
 
-def serve(llm: Any, stream: list[Request], threshold: int) -> list[Run | ValueError]:
+def serve(
+    llm: Any, stream: list[Request], threshold: int, mode: str, by: str
+) -> list[Run | ValueError]:
     """Steps the engine by hand, so that who is in flight with whom is always the same."""
     config = llm.llm_engine.vllm_config
     # Each stream stands for itself: no cached prefixes, and a step with as much text as fits,
@@ -123,7 +143,7 @@ def serve(llm: Any, stream: list[Request], threshold: int) -> list[Run | ValueEr
     llm.reset_prefix_cache()
     served(llm, [Request((Text(min(budget(llm), longest), seed=99),))])
     llm.reset_prefix_cache()
-    with chunks(llm, threshold):
+    with chunks(llm, threshold), replaying(llm, mode, by) if mode else nullcontext():
         return served(llm, stream)
 
 

@@ -38,14 +38,22 @@ class DifferenceError(AssertionError):
 class Oracle(Protocol):
     """Asked about one request at a time."""
 
-    def serve(self, stream: list[Request]) -> list[Run]: ...
+    def serve(self, stream: list[Request], /) -> list[Run]: ...
+
+
+class Served(Protocol):
+    """An engine, or in a mode of it."""
+
+    def budget(self) -> int: ...
+
+    def serve(self, stream: list[Request], threshold: int = 0, /) -> list[Run]: ...
 
 
 @dataclass
 class Soak:
     """Compares an engine with an oracle. The oracle is asked once about each request."""
 
-    served: Engine
+    served: Served
     oracle: Oracle
     tolerance: float
     requests: int = 0
@@ -61,9 +69,9 @@ class Soak:
         self.alone: dict[Request, Run] = {}
         self.found: list[tuple[str, list[Request]]] = []
 
-    def differences(self, stream: list[Request], **how: int) -> Iterator[Difference]:
+    def differences(self, stream: list[Request], threshold: int = 0) -> Iterator[Difference]:
         """Of each request, served as `Engine.serve` has it, to the same request alone."""
-        for request, run in zip(stream, self.served.serve(stream, **how)):
+        for request, run in zip(stream, self.served.serve(stream, threshold)):
             if request not in self.alone:
                 (self.alone[request],) = self.oracle.serve([request])
             difference = compare(run, self.alone[request])

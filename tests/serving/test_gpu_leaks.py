@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from tests.fleet import NANO, Case
@@ -23,10 +24,14 @@ OVERLAPPING = 2
 CHUNK = 32
 
 
-def texts(number: int, count: int, joins_after: int, max_tokens: int) -> list[Request]:
-    """`count` requests of different lengths; the first joins after so many steps, all at once."""
+def texts(
+    number: int, count: int, joins_after: int, least: int, most: int | None = None
+) -> list[Request]:
+    """`count` requests of different lengths; the first joins after so many steps, all at once.
+    Their answers are drawn from `least` to `most` tokens: in lock-step, nothing leaks."""
+    lengths = np.random.default_rng(number).integers(least, most or least, count, endpoint=True)
     requests = [
-        Request((Text(3 + (5 * number + 4 * i) % 17, 7 * number + i),), max_tokens)
+        Request((Text(3 + (5 * number + 4 * i) % 17, 7 * number + i),), int(lengths[i]))
         for i in range(count)
     ]
     return [replace(requests[0], joins_after=joins_after), *requests[1:]]
@@ -43,7 +48,7 @@ def images_then_texts() -> list[Request]:
             request = Request(parts, max_tokens=1 + (number + i) % 3)
             stream.append(replace(request, joins_after=0 if i else IDLE))
         joins_after = OVERLAPPING if number % 3 == 2 else IDLE
-        stream += texts(number, 1 + number // 2 % 4, joins_after, max_tokens=4)
+        stream += texts(number, 1 + number // 2 % 4, joins_after, 2, 8)
     return stream
 
 
@@ -58,11 +63,11 @@ def image_ends_prompt(then_text: bool) -> list[Request]:
     another text. With `then_text`, an end mark and a text are beside it."""
     stream: list[Request] = []
     for number in range(8):
-        stream += texts(number, 1 + number % 4, IDLE, max_tokens=12)
+        stream += texts(number, 1 + number % 4, IDLE, 12, 20)
         picture = Picture(96, 64 + 32 * (number % 2), number)
         before = Text(CHUNK - picture.tokens(), number)  # beside the image's start
         stream.append(ends_in_image((before, picture), 1 + number % 3, then_text))
-        stream += texts(number + 50, 1, OVERLAPPING, max_tokens=4)
+        stream += texts(number + 50, 1, OVERLAPPING, 2, 8)
     return stream
 
 
@@ -71,14 +76,14 @@ def image_trickles(then_text: bool) -> list[Request]:
     another text."""
     stream: list[Request] = []
     for number in range(11):
-        stream += texts(number + 20, 1, IDLE, max_tokens=16)
+        stream += texts(number + 20, 1, IDLE, 16, 24)
         picture = Picture(64, 64 + 32 * (number % 2), number)
         parts = (Text(3, number), picture)
         if number % 3:
             stream.append(Request((*parts, Text(2, number)), 3, joins_after=OVERLAPPING))
         else:
             stream.append(ends_in_image(parts, 3, then_text))
-        stream += texts(number + 40, 1, OVERLAPPING * (number % 2), max_tokens=6)
+        stream += texts(number + 40, 1, OVERLAPPING * (number % 2), 3, 9)
     return stream
 
 

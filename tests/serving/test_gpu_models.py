@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-import torch
 
 from tests.fleet import DTYPE, Case, Mode
 from tools.parity.compare import TOLERANCE
@@ -16,6 +15,7 @@ from .modes import BREAKABLE, DEFAULT
 from .streams import Audio, Picture, Request, Text
 from .test_gpu_engines import IMAGE, IMAGES, TEXT
 from .test_gpu_leaks import check, images_then_texts
+from .weights import draw_weights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600, func_only=True)]
 
@@ -70,17 +70,6 @@ def heard(stream: list[Request]) -> list[Request]:
         )
         requests.append(Heard(parts, request.max_tokens, joins_after=request.joins_after))
     return requests
-
-
-@torch.inference_mode()
-def draw_weights(model: Any) -> None:
-    """The same ones in every engine; wide enough that sounds move the logits."""
-    generator = torch.Generator().manual_seed(0)
-    for name, weight in sorted(model.named_parameters()):
-        if weight.dim() > 1:
-            weight.copy_(0.08 * torch.randn(weight.shape, generator=generator))
-        else:
-            weight.fill_(float(name.endswith("weight")))  # norms; and biases
 
 
 def draw(fleet, case, request: Request) -> None:

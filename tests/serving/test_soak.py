@@ -21,7 +21,7 @@ class MadeUp:
     def budget(self):
         return 64
 
-    def serve(self, stream):
+    def serve(self, stream, threshold=0):
         return [
             Run(
                 np.zeros(request.max_tokens, np.int64),
@@ -71,7 +71,7 @@ def test_difference_that_does_not_recur():
 
 def test_dead_engine_is_no_difference():
     class Dead(MadeUp):
-        def serve(self, stream):
+        def serve(self, stream, threshold=0):
             raise EngineError("served died")
 
     with pytest.raises(EngineError, match="served died") as death:

@@ -6,6 +6,7 @@ its worker processes: `--worker-extension-cls tests.serving.unpinned.Unpinned`.
 
 from inspect import signature
 
+from tools.parity.replay import Replay
 from vllm.utils import torch_utils
 
 torch_utils.PIN_MEMORY = False
@@ -13,5 +14,5 @@ if "pin_memory" in signature(torch_utils.async_tensor_h2d).parameters:
     torch_utils.async_tensor_h2d.__defaults__ = (False,)
 
 
-class Unpinned:
-    """Adds nothing to the worker."""
+class Unpinned(Replay):
+    """Adds what replays."""

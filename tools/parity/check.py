@@ -65,17 +65,17 @@ def check(
     for name, tree in trees.items():
         place = folder / name
         place.mkdir(exist_ok=True)
-        eager = arm_job(EAGER, tree, common, place, f"{name} eager".strip(), replays)
+        first = arm_job(EAGER, tree, common, place, f"{name} eager".strip(), replays)
         others = [
             arm_job(mode, tree, common, place, f"{name} {mode.name}".strip()) for mode in modes
         ]
-        jobs[name] = [eager, *others]
+        jobs[name] = [first, *others]
     every = [job for each in jobs.values() for job in each]
-    needed = [eager for eager, *_ in jobs.values()]
+    needed = [first for first, *_ in jobs.values()]
     found = dict(zip(every, outcomes(every, spec, console, at_once, needed)))
-    reports = []
-    for first, *others in jobs.values():
-        eager = found[first]
+    reports: list[Report] = []
+    for of_tree in jobs.values():
+        eager, others = found[of_tree[0]], of_tree[1:]
         assert isinstance(eager, Result)
         arms = dict(zip([mode.name for mode in modes], [found[job] for job in others]))
         for mode in replays:

@@ -269,7 +269,8 @@ class Probing:
         else:
             self._serve(self.together, self._media_then_text)
             self._serve(self.trickling, self._media_in_pieces)
-            self._serve("the same text again, from the prefix cache", self._from_the_cache)
+            if self.config.cache_config.enable_prefix_caching:
+                self._serve("the same text again, from the prefix cache", self._from_the_cache)
             if self.replay:
                 self._serve("features staged in each row, then text", self._poisoned)
             return
@@ -318,8 +319,6 @@ class Probing:
     def _from_the_cache(self) -> Rows | str:
         """A text after a medium; later, where nothing is staged, one that begins as it does: what
         the first had wrong is in the prefix cache."""
-        if not self.config.cache_config.enable_prefix_caching:
-            return "prefix caching is off"
         first, again = self._prefixes()
         if self._too_long(again):
             return f"a block of the cache is {first.words - 8} tokens"

@@ -106,7 +106,8 @@ MEDIA: dict[str, Callable[[int, bool], Any]] = {"image": picture, "audio": tone}
 
 def media_then_text(groups: int = 8) -> list[Probe]:
     """One to four short prompts with a medium, and then one to four of text, while the others
-    decode or after them. All fit into captured sizes. Some come again, to the prefix cache."""
+    decode or after them. All fit into captured sizes. Some come again, to the prefix cache. Answers
+    are of different lengths: in lock-step, nothing leaks."""
     stream: list[Probe] = []
     for number in range(groups):
         media = [
@@ -116,7 +117,9 @@ def media_then_text(groups: int = 8) -> list[Probe]:
         if number % 3 == 1:
             media.append(replace(next(p for p in stream if p.medium is not None), joins_after=0))
         text = [
-            Probe(3 + (5 * number + 4 * i) % 17, 7 * number + i, max_tokens=4, joins_after=0)
+            Probe(
+                3 + (5 * number + 4 * i) % 17, 7 * number + i, None, 2 + (3 * number + 2 * i) % 5, 0
+            )
             for i in range(1 + number // 2 % 4)
         ]
         waits = OVERLAPPING if number % 3 == 2 else IDLE
@@ -133,7 +136,7 @@ def media_in_pieces(tokens: int, events: int = 4) -> list[Probe]:
         stream.append(Probe(5, 20, max_tokens=tokens + 40, judged=False))
         stream.append(Probe(3, number, 2 * number, 3, OVERLAPPING))
         waits = OVERLAPPING if number % 2 else tokens + 10
-        stream.append(Probe(4, 40 + number, max_tokens=6, joins_after=waits))
+        stream.append(Probe(4, 40 + number, max_tokens=4 + number % 4, joins_after=waits))
     return stream
 
 

@@ -220,6 +220,8 @@ class Graphs:
     def __init__(self, runner: Any, v2: bool):
         self.runner, self.forward, self.v2 = runner, runner.model.forward, v2
         self.embed = getattr(runner.model, "embed_input_ids", None)
+        if isinstance(self.forward, Graphs):  # recorded once more
+            self.forward, self.embed = self.forward.forward, self.forward.embed
         self.mode, self.by, self.given = "run", "graph", None
         self.recorded: dict[int, Recording] = {}
         self.counts, self.problems = {"replayed": 0, "python": 0}, dict[str, None]()
@@ -339,6 +341,7 @@ class Replay:
         graphs = runner.model.forward = Graphs(runner, v2)
         if graphs.embed is not None:
             object.__setattr__(runner.model, "embed_input_ids", graphs.embed_input_ids)
+        runner.__dict__.pop("_may_reorder_batch", None)
         if v2:
             runner._may_reorder_batch = partial(sort_as_v2, runner)
         for size in sorted(sizes or capture_sizes(config), reverse=True):

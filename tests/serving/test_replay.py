@@ -1,0 +1,166 @@
+"""No request sees another's image (D2), and none loses its own (D1), where CUDA graphs are replayed:
+on CPU engines, whose `forward` is recorded and replayed (tools/parity/replay.py).
+
+Each request's logits against the same request's alone, in Python; and, where a step is replayed, to
+the digit against Python on as many rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from packaging.specifiers import SpecifierSet
+
+from tests import tiny_models
+from tests.conftest import can_run_experts, version
+from tests.fleet import MODELS as SINCE
+from tools.parity.compare import TOLERANCE, Run
+
+from .engine import Engine
+from .soak import DifferenceError, Soak, oracle_options
+from .streams import Request, Text
+from .test_gpu_leaks import CHUNK, IDLE, image_ends_prompt, image_trickles, images_then_texts
+from .test_gpu_models import DUMMY, heard
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+MODELS = [
+    "qwen3_vl",
+    "qwen3_omni",
+    "qwen3_vl_moe",
+    "cohere_compass",
+    "granite4_vision",
+    "moss_audio",
+]
+EXPERTS = ("qwen3_omni", "qwen3_vl_moe")
+REPLAYS = ("replay", "replay-decode")
+CORES = [str(core) for core in sorted(os.sched_getaffinity(0))[:2]]
+LIMIT = TOLERANCE["float32"]
+
+
+@dataclass
+class Replayed:
+    """An engine in a mode of `replay.Graphs`."""
+
+    engine: Engine
+    mode: str
+    by: str = "graph"
+
+    def budget(self) -> int:
+        return self.engine.budget()
+
+    def serve(self, stream: list[Request], threshold: int = 0) -> list[Run]:
+        return self.engine.serve(stream, threshold, self.mode, self.by)
+
+
+def lacking(model: str) -> str:
+    releases, reason = SINCE.get(model, ("", ""))
+    if releases and not SpecifierSet(releases).contains(version()):
+        return f"vLLM {version()}: {reason}"
+    if model in EXPERTS and SpecifierSet("<0.23").contains(version()) and not can_run_experts():
+        return f"{model}: vLLM {version()} needs AVX-512 for experts"
+    return ""
+
+
+def options(model: str, checkpoint: Path) -> list[str]:
+    made = [*oracle_options(checkpoint, "float32"), "--gpu-memory-utilization", "0.3"]
+    return [*made, *(DUMMY if model == "moss_audio" else ())]
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory) -> Iterator[dict[str, Engine]]:
+    """By model. Those of the next test's model start ahead, on another core."""
+    folder, found = tmp_path_factory.mktemp("replay"), dict[str, Engine]()
+    cores = itertools.cycle(CORES)
+
+    class Ahead(dict[str, Engine]):
+        def __missing__(self, model: str) -> Engine:
+            for other in [model, *MODELS[MODELS.index(model) + 1 :]][:2]:
+                if other not in found and not lacking(other):
+                    found[other] = start(other)
+            return self.setdefault(model, ready(found[model]))
+
+    def start(model: str) -> Engine:
+        checkpoint = (tiny_models.MODELS | tiny_models.OTHERS)[model](folder / model)
+        env = {"VLLM_CACHE_ROOT": str(folder / "cache"), "VLLM_CPU_OMP_THREADS_BIND": next(cores)}
+        env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+        return Engine(model, options(model, checkpoint), folder, **env)
+
+    def ready(engine: Engine) -> Engine:
+        assert engine.record()["warnings"] == []
+        return engine
+
+    yield Ahead()
+    for engine in found.values():
+        engine.stop()
+
+
+@pytest.fixture
+def engine(request, engines):
+    model = request.getfixturevalue("model")
+    if reason := lacking(model):
+        pytest.skip(reason)
+    return engines[model]
+
+
+def streams(model: str) -> dict[str, tuple[list[Request], int]]:
+    """And the most tokens of a prompt in a step."""
+    # A prompt that ends in a placeholder ends an Omni engine as released, before it leaks (D12).
+    then_text = model == "qwen3_omni"
+    found = {
+        "images then texts": (images_then_texts(), 0),
+        "image ends prompt": (image_ends_prompt(then_text), CHUNK),
+        "image trickles": (image_trickles(then_text), 1),
+    }
+    if model == "moss_audio":
+        found = {name: (heard(stream), chunk) for name, (stream, chunk) in found.items()}
+    return found
+
+
+def bites(model: str) -> pytest.MarkDecorator:
+    return pytest.mark.bites(
+        "pr43617", "0.32.0", *(["stock"] if model != "granite4_vision" else [])
+    )
+
+
+ON_ALL = pytest.mark.parametrize("model", [pytest.param(m, marks=bites(m)) for m in MODELS])
+
+
+@ON_ALL
+def test_no_request_sees_anothers_medium(engine, model, figures):
+    wrong, soak = 0, Soak(Replayed(engine, "run"), Replayed(engine, "run"), LIMIT)
+    for (what, (stream, chunk)), mode in itertools.product(streams(model).items(), REPLAYS):
+        soak.served = served = Replayed(engine, mode)
+        off = [difference.largest for difference in soak.differences(stream, threshold=chunk)]
+        count = sum(each > LIMIT for each in off)
+        figures(what=what, model=model, mode=mode, requests=len(off), wrong=count, largest=max(off))
+        wrong += count
+        if not count:
+            equal(
+                served.serve(stream, chunk), Replayed(engine, mode, "python").serve(stream, chunk)
+            )
+    counts = engine.replayed()
+    assert counts["replayed"] > 500 and counts["problems"] == []
+    if wrong:
+        raise DifferenceError(f"{wrong} requests differ")
+
+
+def equal(ours: list[Run], theirs: list[Run]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(a.logits, b.logits)
+
+
+@ON_ALL
+def test_what_a_step_staged_is_gone_in_the_next(engine, model):
+    """A medium in one step, which is staged in all rows of each step; and texts."""
+    (one, *_), _ = streams(model)["images then texts"]
+    texts = [Request((Text(5 + 7 * i, i),), max_tokens=4, joins_after=IDLE) for i in range(6)]
+    for mode in REPLAYS:
+        soak = Soak(Replayed(engine, mode, "poison"), Replayed(engine, "run"), LIMIT)
+        soak.check([one, *texts])
