@@ -93,11 +93,21 @@ def text_config(tokenizer: transformers.PreTrainedTokenizerFast) -> dict[str, An
     return decoder_config(tokenizer, HIDDEN, intermediate_size=2 * HIDDEN, **sizes)
 
 
-def text_config_2b(tokenizer: transformers.PreTrainedTokenizerFast) -> dict[str, Any]:
+def text_config_2b(
+    tokenizer: transformers.PreTrainedTokenizerFast,
+    hidden: int = 2048,
+    intermediate: int = 6144,
+    heads: int = 16,
+) -> dict[str, Any]:
     """The widths of Qwen3-VL-2B-Instruct's decoder, and six of its layers."""
-    config = decoder_config(tokenizer, 2048, intermediate_size=6144, num_hidden_layers=6)
-    config |= {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
+    config = decoder_config(tokenizer, hidden, intermediate_size=intermediate, num_hidden_layers=6)
+    config |= {"num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128}
     return config | {"rope_scaling": config["rope_scaling"] | {"mrope_section": [24, 20, 20]}}
+
+
+def text_config_8b(tokenizer: transformers.PreTrainedTokenizerFast) -> dict[str, Any]:
+    """The same of Qwen3-VL-8B-Instruct's."""
+    return text_config_2b(tokenizer, 4096, 12288, 32)
 
 
 def vision_config(out_hidden: int = HIDDEN) -> dict[str, Any]:
@@ -411,6 +421,10 @@ def qwen3_vl_2b(out: Path, seed: int = 0) -> Path:
     return qwen3_vl(out, seed, text_config_2b)
 
 
+def qwen3_vl_8b(out: Path, seed: int = 0) -> Path:
+    return qwen3_vl(out, seed, text_config_8b)
+
+
 MODELS = {"qwen3_vl": qwen3_vl, "qwen3_omni": qwen3_omni}
 OTHERS = {
     "qwen3_vl_moe": qwen3_vl_moe,
@@ -419,6 +433,7 @@ OTHERS = {
     "moss_audio": moss_audio,
     "qwen4_exp": qwen4_exp,
     "qwen3_vl_2b": qwen3_vl_2b,  # of 1.2 GB
+    "qwen3_vl_8b": qwen3_vl_8b,  # of 4.8 GB
 }
 
 
