@@ -1,4 +1,4 @@
-"""Draws the weights of `--load-format dummy` while they are loaded: a CPU's kernels pack them after.
+"""Draws the weights of `--load-format dummy` while they are loaded: then a CPU's kernels pack them.
 
 vLLM imports this module in its worker: `--worker-extension-cls tests.serving.drawn.Drawn`.
 """

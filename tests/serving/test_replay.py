@@ -1,4 +1,4 @@
-"""No request sees another's image (D2), and none loses its own (D1), where CUDA graphs are replayed:
+"""No request sees another's image (D2), none loses its own (D1), where CUDA graphs are replayed:
 on CPU engines, whose `forward` is recorded and replayed (tools/parity/replay.py).
 
 Each request's logits against the same request's alone, in Python; and, where a step is replayed, to
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,18 +73,16 @@ def options(model: str, checkpoint: Path) -> list[str]:
     return [*made, *(DUMMY if model == "moss_audio" else ())]
 
 
+def bites(model: str) -> pytest.MarkDecorator:
+    # 0.22.1 as released never reads Granite's rows at all; nor does it have the other two.
+    return pytest.mark.bites("stock", "pr43617", "0.32.0")
+
+
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory) -> Iterator[dict[str, Engine]]:
-    """By model. Those of the next test's model start ahead, on another core."""
+def started(tmp_path_factory) -> Iterator[Callable[[str], Engine]]:
+    """`started(model)`: its engine; the next model's starts meanwhile, on another core."""
     folder, found = tmp_path_factory.mktemp("replay"), dict[str, Engine]()
     cores = itertools.cycle(CORES)
-
-    class Ahead(dict[str, Engine]):
-        def __missing__(self, model: str) -> Engine:
-            for other in [model, *MODELS[MODELS.index(model) + 1 :]][:2]:
-                if other not in found and not lacking(other):
-                    found[other] = start(other)
-            return self.setdefault(model, ready(found[model]))
 
     def start(model: str) -> Engine:
         checkpoint = (tiny_models.MODELS | tiny_models.OTHERS)[model](folder / model)
@@ -92,21 +90,30 @@ def engines(tmp_path_factory) -> Iterator[dict[str, Engine]]:
         env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
         return Engine(model, options(model, checkpoint), folder, **env)
 
-    def ready(engine: Engine) -> Engine:
-        assert engine.record()["warnings"] == []
-        return engine
+    def started(model: str) -> Engine:
+        for other in MODELS[MODELS.index(model) :][:2]:
+            if other not in found and not lacking(other):
+                found[other] = start(other)
+        return found[model]
 
-    yield Ahead()
+    yield started
     for engine in found.values():
         engine.stop()
 
 
-@pytest.fixture
-def engine(request, engines):
-    model = request.getfixturevalue("model")
-    if reason := lacking(model):
+@pytest.fixture(scope="module", params=[pytest.param(m, marks=bites(m)) for m in MODELS])
+def model(request) -> str:
+    if reason := lacking(request.param):
         pytest.skip(reason)
-    return engines[model]
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def engine(model, started) -> Iterator[Engine]:
+    engine = started(model)
+    assert engine.record()["warnings"] == []
+    yield engine
+    engine.stop()
 
 
 def streams(model: str) -> dict[str, tuple[list[Request], int]]:
@@ -123,16 +130,6 @@ def streams(model: str) -> dict[str, tuple[list[Request], int]]:
     return found
 
 
-def bites(model: str) -> pytest.MarkDecorator:
-    return pytest.mark.bites(
-        "pr43617", "0.32.0", *(["stock"] if model != "granite4_vision" else [])
-    )
-
-
-ON_ALL = pytest.mark.parametrize("model", [pytest.param(m, marks=bites(m)) for m in MODELS])
-
-
-@ON_ALL
 def test_no_request_sees_anothers_medium(engine, model, figures):
     wrong, soak = 0, Soak(Replayed(engine, "run"), Replayed(engine, "run"), LIMIT)
     for (what, (stream, chunk)), mode in itertools.product(streams(model).items(), REPLAYS):
@@ -156,7 +153,6 @@ def equal(ours: list[Run], theirs: list[Run]) -> None:
         np.testing.assert_array_equal(a.logits, b.logits)
 
 
-@ON_ALL
 def test_what_a_step_staged_is_gone_in_the_next(engine, model):
     """A medium in one step, which is staged in all rows of each step; and texts."""
     (one, *_), _ = streams(model)["images then texts"]

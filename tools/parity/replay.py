@@ -1,19 +1,16 @@
 """What a replayed CUDA graph does, on a CPU engine: `--worker-extension-cls …replay.Replay`.
 
 vLLM captures the model's outer `forward` at some sizes, while nothing is staged. A replay runs the
-kernels again, on the same memory, and none of the Python. Here a recording has PyTorch's operations
-in place of kernels:
+kernels again, on the same memory, and none of the Python. Here PyTorch's operations are recorded:
 
     forward        y = x[:4]; y = norm(y, w); self.count = 0; return y + buffer[:4]
     recorded       0 = slice(x, 4); 1 = norm(0, w); 2 = slice(buffer, 4); 3 = add(1, 2); return 3
-    kept           x, w, buffer: the tensors that no recorded operation made
+    kept           x, w, buffer: the memory that no recorded operation made
     not recorded   self.count = 0
 
-Attention's operations read the step's metadata when they run, as they do in breakable graphs. What
-is between two operations' uses is freed, so that a replay takes as much memory as a forward, which
-vLLM's profiling run has had; recordings are Python objects, 1 kB an operation.
-
-This is not Inductor's arithmetic, nor CUDA's kernels, memory pool and streams.
+Attention's operations read the step's metadata when they run, as they do in breakable graphs. A
+replay takes as much memory as a forward, which vLLM's profiling run has had; a recording, 1 kB an
+operation. This is not Inductor's arithmetic, nor CUDA's kernels, memory pool and streams.
 """
 
 from __future__ import annotations
@@ -30,78 +27,55 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-# These give Python a value, which a recording then keeps. Capturing a CUDA graph, an error.
-READS = {torch.ops.aten._local_scalar_dense, torch.ops.aten.is_nonzero, torch.ops.aten.equal}
-UNSEEN = {torch.Tensor.tolist, torch.Tensor.numpy}  # without an operation
-# What these give has a shape that depends on values. Capturing a CUDA graph, an error.
-SHAPES = {"nonzero", "masked_select", "unique_dim", "_unique2", "unique_consecutive"}
+# What Python has to wait for, a capture refuses. PyTorch does not tag all operations that give it
+# values, or shapes that depend on values; and some of its methods read without an operation.
+TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+UNTAGGED = {"aten.is_nonzero.default", "aten.where.default", "aten.repeat_interleave.self_Tensor"}
+UNSEEN = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu, torch.Tensor.__array__}
 LARGE = 10.0
 """By how much poison is larger than the features that it is made of."""
 
 
-class Slot:
-    """What an operation of a recording made."""
-
-    __slots__ = ("number",)
-
-    def __init__(self, number: int):
-        self.number = number
+class Slot(int):
+    """The number of what an operation of a recording made."""
 
 
-def slots_in(tree: Any) -> list[Slot]:
+def slots_in(tree: Any) -> list[int]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Slot)]
 
 
-class Recorder(TorchDispatchMode):
-    """Records the operations that run while it is entered."""
+def filled(tree: Any, memory: list[Any]) -> Any:
+    return tree_map(lambda leaf: memory[leaf] if isinstance(leaf, Slot) else leaf, tree)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.steps: list[Step] = []
-        self.warnings: set[str] = set()
-        self.slots: Any = WeakTensorKeyDictionary()
-        self.kept: Any = WeakTensorKeyDictionary()
-        self.count = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        name, mask = func.overloadpacket.__name__, tree_leaves(args[1:2])
-        masked = any(isinstance(m, torch.Tensor) and m.dtype == torch.bool for m in mask)
-        if name in SHAPES or (name.startswith("index") and masked):
-            self.warnings.add(f"{func}: the shape of what it gives depends on values")
-        if func.overloadpacket in READS:
-            self.warnings.add(f"{func}: gives Python a value, which a replay keeps")
-        else:
-            given = self.symbols(args), self.symbols(kwargs)
-            self.steps.append(Step(func, *given, self.define(out)))
-        return out
+def waits(func: Any, args: Any) -> bool:
+    name = func.overloadpacket.__name__
+    if name.startswith("index"):  # by a mask; but one value is put as a fill is
+        masked = any(getattr(i, "dtype", None) == torch.bool for i in tree_leaves(args[1:2]))
+        return masked and not (name.startswith("index_put") and args[2].numel() == 1)
+    lists = name == "lift_fresh" and args[0].dim() > 0  # of Python's values
+    return lists or bool(TAGS & set(func.tags)) or str(func) in UNTAGGED
 
-    def symbols(self, tree: Any) -> Any:
-        return tree_map(self.symbol, tree)
 
-    def symbol(self, leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        if leaf in self.slots:
-            return Slot(self.slots[leaf])
-        self.kept[leaf] = True
-        return leaf
+class Step:
+    """An operation, with slots among its arguments, and the slots that it defines."""
 
-    def define(self, out: Any) -> list[int | None]:
-        """A number for each tensor that is new; in place, on one that is kept, None."""
-        numbers: list[int | None] = []
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor) and leaf not in self.kept:
-                if leaf not in self.slots:
-                    self.slots[leaf] = self.count
-                    self.count += 1
-                numbers.append(self.slots[leaf])
-            else:
-                numbers.append(None)
-        return numbers
+    def __init__(self, func: Any, args: Any, kwargs: dict[str, Any], defined: list[int | None]):
+        self.func, self.args, self.kwargs, self.defined = func, args, kwargs, defined
+        self.nested = bool(slots_in(([a for a in args if not isinstance(a, Slot)], kwargs)))
+        self.ends: list[int] = []  # slots that no later step uses
+
+    def run(self, memory: list[Any]) -> None:
+        args, kwargs = self.args, self.kwargs
+        if self.nested:
+            args, kwargs = filled((args, kwargs), memory)
+        else:  # the same, and faster
+            args = [memory[a] if isinstance(a, Slot) else a for a in args]
+        for number, made in zip(self.defined, tree_leaves(self.func(*args, **kwargs))):
+            if number is not None:
+                memory[number] = made
+        for number in self.ends:
+            memory[number] = None
 
 
 class Unseen(TorchFunctionMode):
@@ -111,75 +85,65 @@ class Unseen(TorchFunctionMode):
         super().__init__()
         self.warnings = warnings
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in UNSEEN:
-            self.warnings.add(f"{func.__name__}: gives Python values, which a replay keeps")
+            self.warnings.add(f"Tensor.{func.__name__}: what Python reads is the recording's")
         return func(*args, **(kwargs or {}))
 
 
-class Step:
-    """An operation, with slots among its arguments."""
-
-    def __init__(self, func: Any, args: Any, kwargs: dict[str, Any], defined: list[int | None]):
-        self.func, self.args, self.kwargs, self.defined = func, list(args), kwargs, defined
-        self.plain = [(i, a.number) for i, a in enumerate(args) if isinstance(a, Slot)]
-        self.deep = [(i, a) for i, a in enumerate(args) if not isinstance(a, Slot) and slots_in(a)]
-        self.named = {name: value for name, value in kwargs.items() if slots_in(value)}
-        self.ends: list[int] = []  # slots that no later step uses
-
-    def run(self, memory: list[Any]) -> None:
-        args, kwargs = self.args, self.kwargs
-        if self.plain or self.deep:
-            args = args.copy()
-            for i, number in self.plain:
-                args[i] = memory[number]
-            for i, tree in self.deep:
-                args[i] = filled(tree, memory)
-        if self.named:
-            kwargs = kwargs | {k: filled(tree, memory) for k, tree in self.named.items()}
-        out = self.func(*args, **kwargs)
-        for number, made in zip(self.defined, tree_leaves(out)):
-            if number is not None:
-                memory[number] = made
-        for number in self.ends:
-            memory[number] = None
-
-
-def filled(tree: Any, memory: list[Any]) -> Any:
-    return tree_map(lambda leaf: memory[leaf.number] if isinstance(leaf, Slot) else leaf, tree)
-
-
-class Recording:
-    """A forward, and the inputs that it was given: those of a replay have to be the same memory."""
+class Recording(TorchDispatchMode):
+    """A forward of inputs, and what it may not be replayed for: `warnings`."""
 
     def __init__(self, inputs: dict[str, Any]):
-        self.inputs, self.recorder = inputs, Recorder()
+        super().__init__()
+        self.inputs, self.steps, self.warnings = inputs, list[Step](), set[str]()
+        self.made: Any = WeakTensorKeyDictionary()  # numbers of slots
+        self.kept: Any = WeakTensorKeyDictionary()
+        self.count = 0
 
     def record(self, forward: Callable[..., Any]) -> Any:
-        recorder = self.recorder
-        with recorder, Unseen(recorder.warnings):
+        with self, Unseen(self.warnings):
             out = forward(**self.inputs)
-        self.steps, self.slots = recorder.steps, recorder.count
-        self.result = recorder.symbols(out)
-        last: dict[int, Step] = {}
+        self.result = tree_map(self.symbol, out)
+        given, last = set(slots_in(self.result)), dict[int, Step]()
         for step in self.steps:
-            used = [slot.number for slot in slots_in((step.args, step.kwargs))]
+            used = slots_in((step.args, step.kwargs))
             last |= dict.fromkeys([*used, *(n for n in step.defined if n is not None)], step)
-        given = {slot.number for slot in slots_in(self.result)}
         for number in last.keys() - given:
             last[number].ends.append(number)
-        for left, number in recorder.slots.items():
+        for left, number in self.made.items():
             if number not in given:
-                text = (
-                    f"forward leaves a tensor behind, which a replay does not renew: {left.shape}"
-                )
-                recorder.warnings.add(text)
+                text = f"forward leaves a tensor behind, which no replay renews: {left.shape}"
+                self.warnings.add(text)
         return out
 
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if waits(func, args):
+            self.warnings.add(f"{func}: what it gives depends on values; Python waits for it")
+        given = tree_map(self.symbol, (args, kwargs or {}))
+        self.steps.append(Step(func, *given, [self.define(leaf) for leaf in tree_leaves(out)]))
+        return out
+
+    def symbol(self, leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if leaf in self.made:
+            return Slot(self.made[leaf])
+        self.kept[leaf] = True
+        return leaf.detach()  # its memory, whatever `leaf.data` is later
+
+    def define(self, leaf: Any) -> int | None:
+        """The number of what is new; nothing of what is kept, and was written in place."""
+        if not isinstance(leaf, torch.Tensor) or leaf in self.kept:
+            return None
+        if leaf not in self.made:
+            self.made[leaf] = self.count
+            self.count += 1
+        return self.made[leaf]
+
     def run(self) -> Any:
-        memory: list[Any] = [None] * self.slots
+        memory: list[Any] = [None] * self.count
         for step in self.steps:
             step.run(memory)
         return filled(self.result, memory)
@@ -188,22 +152,21 @@ class Recording:
         """The input that is not what was recorded, but for rows of padding; nothing if all are."""
         for name in sorted(inputs.keys() | self.inputs.keys()):
             now, then = (tensors(each.get(name)) for each in (inputs, self.inputs))
-            if now.keys() != then.keys():
+            if len(now) != len(then):
                 return name
-            for a, b in ((now[key], then[key]) for key in now):
-                place = a.data_ptr(), a.stride(), a.dtype, a.dim()
+            for a, b in zip(now, then):
                 sizes = zip(a.shape, b.shape)
                 same = all(n == m or (n, m) == (size, padded) for n, m in sizes)
-                if not same or place != (b.data_ptr(), b.stride(), b.dtype, b.dim()):
+                place, other = ((t.data_ptr(), t.stride(), t.dtype, t.dim()) for t in (a, b))
+                if not same or place != other:
                     return name
         return ""
 
 
-def tensors(value: Any) -> dict[str, torch.Tensor]:
-    """An input's: also those of an IntermediateTensors."""
-    if isinstance(value, torch.Tensor):
-        return {"": value}
-    return dict(getattr(value, "tensors", {}))
+def tensors(value: Any) -> list[torch.Tensor]:
+    """An input's: also those of lists, and of an IntermediateTensors."""
+    leaves = tree_leaves(getattr(value, "tensors", value))
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 class Graphs:
@@ -214,7 +177,8 @@ class Graphs:
     replay-decode  those of them in which all requests decode: full graphs, by default
 
     These steps are run by `graph`; by `python`, on as many rows as a graph has, which is what a
-    replay has to equal; or by `poison`: a replay, after which large features are staged.
+    replay has to equal; or by `poison`: after each, another one is replayed that has large features
+    in all rows. The next must not see them. It shows a leak by one medium and one step.
     """
 
     def __init__(self, runner: Any, v2: bool):
@@ -222,87 +186,88 @@ class Graphs:
         self.embed = getattr(runner.model, "embed_input_ids", None)
         if isinstance(self.forward, Graphs):  # recorded once more
             self.forward, self.embed = self.forward.forward, self.forward.embed
-        self.mode, self.by, self.given = "run", "graph", None
-        self.recorded: dict[int, Recording] = {}
+        self.mode, self.by, self.recorded = "run", "graph", dict[int, Recording]()
+        self.medium: tuple[Any, Any] | None = None  # features, and the token that they are of
         self.counts, self.problems = {"replayed": 0, "python": 0}, dict[str, None]()
 
-    def __call__(self, *args: Any, **inputs: Any) -> Any:
-        if args:
-            raise TypeError("model runners name forward's arguments")
+    def __call__(self, **inputs: Any) -> Any:
         size = inputs["positions"].shape[-1]
         if self.mode == "record":
-            self.recorded[size] = Recording(inputs)
-            return self.recorded[size].record(self.forward)
+            recording = self.recorded[size] = Recording(inputs)
+            return recording.record(self.forward)
         padded = min((s for s in self.recorded if s >= size), default=0)
-        fits = self.mode == "replay" or (self.mode == "replay-decode" and self.decodes())
+        fits = self.mode == "replay" or (self.mode == "replay-decode" and self.decodes(padded))
         if padded and fits and (moved := self.recorded[padded].moved(inputs, size, padded)):
             self.problems[f"the input {moved} is not where it was when forward was recorded"] = None
             fits = False
         self.counts["replayed" if padded and fits else "python"] += 1
         if not (padded and fits):
             return self.forward(**inputs)
-        pad_slots(size, padded)
-        recording = self.recorded[padded]
+        context, recording = pad_slots(size, padded), self.recorded[padded]
         out = self.forward(**recording.inputs) if self.by == "python" else recording.run()
-        if self.by == "poison" and self.given is not None:
-            self.stage(padded)
+        if self.by == "poison" and self.stage_everywhere(padded, inputs):
+            context.attn_metadata, context.slot_mapping = None, {}  # as a dummy run: no cache
+            recording.run()
         return tree_map(lambda t: t[:size] if isinstance(t, torch.Tensor) else t, out)
 
-    def decodes(self) -> bool:
+    def decodes(self, padded: int) -> bool:
         """Whether each request has one token, and those that were speculated for it."""
-        requests = self.runner.input_batch.num_reqs
+        batch, query = self.runner.input_batch, self.runner.uniform_decode_query_len
+        requests = batch.num_reqs
         tokens = np.diff(self.runner.query_start_loc.np[: requests + 1])
-        if not (tokens == self.runner.uniform_decode_query_len).all():
-            return False
         # Of a prompt that is not yet computed, V2 takes one token over existing context.
-        batch = self.runner.input_batch
         computed = batch.num_computed_tokens_cpu[:requests]
         prefills = computed < batch.num_prompt_tokens[:requests]
-        return not self.v2 or bool((~prefills | (tokens == 1) & (computed > 0)).all())
+        decodes = ~prefills | (tokens == 1) & (computed > 0)
+        captured = padded <= self.runner.max_num_reqs * query
+        return bool(captured and (tokens == query).all() and (not self.v2 or decodes.all()))
 
-    def embed_input_ids(self, input_ids: Any, embeddings: Any = None, **more: Any) -> Any:
-        embeddings = more.pop("multimodal_embeddings", embeddings)
-        if embeddings is not None and len(embeddings):
-            self.given = torch.cat([e for e in embeddings]).clone()
-        return self.embed(input_ids, embeddings, **more)  # type: ignore[misc]
+    def embed_input_ids(self, *args: Any, **more: Any) -> Any:
+        given = more.get("multimodal_embeddings", args[1] if len(args) > 1 else None)
+        mask = more.get("is_multimodal")
+        if given is not None and len(given) and mask is not None:
+            # Of media of several kinds, an image's, with its levels.
+            widest = max(range(len(given)), key=lambda i: given[i].shape[-1])
+            place = sum(len(each) for each in given[:widest])
+            self.medium = given[widest].clone(), args[0][mask][place].clone()
+        return self.embed(*args, **more)
 
-    def stage(self, rows: int) -> None:
-        """Poison: stages large features in each row, as if the step had held a medium there. The
-        next step must not see them. (Empty rows must not be filled: a replay reads them as zeros.)
-        """
-        features = LARGE * self.given.repeat(-(-rows // len(self.given)), 1)[:rows]  # type: ignore
-        ids, all_rows = torch.zeros(rows, dtype=torch.int32), torch.ones(rows, dtype=torch.bool)
-        self.embed(ids, [features], is_multimodal=all_rows)  # type: ignore[misc]
+    def stage_everywhere(self, rows: int, inputs: dict[str, Any]) -> bool:
+        """By the model's own means. (To fill empty rows is wrong: a replay reads them as zeros.)
+        Whether there are levels to stage."""
+        if self.medium is None or self.medium[0].shape[-1] <= inputs["inputs_embeds"].shape[-1]:
+            return False
+        features, token = self.medium
+        features = LARGE * features.repeat(-(-rows // len(features)), 1)[:rows]
+        everywhere = torch.ones(rows, dtype=torch.bool)
+        self.embed(token.repeat(rows), [features], is_multimodal=everywhere)
+        return True
 
 
-def pad_slots(size: int, padded: int) -> None:
-    """Rows of padding write nothing to the KV cache: their slot is -1, as in vLLM."""
+def pad_slots(size: int, padded: int) -> Any:
+    """Rows of padding write nothing to the KV cache: their slot is -1, as in vLLM. Gives the step's
+    context."""
     from vllm.forward_context import get_forward_context
-
-    context, made = get_forward_context(), dict[int, torch.Tensor]()
 
     def pad(slots: Any) -> Any:
         if slots is None or len(slots) >= padded:
             return slots
-        at = slots.data_ptr()
-        if at not in made:
-            made[at] = torch.nn.functional.pad(slots, (0, padded - size), value=-1)
-        return made[at]
+        return torch.nn.functional.pad(slots, (0, padded - size), value=-1)
 
+    context = get_forward_context()
     if isinstance(context.slot_mapping, dict):
         context.slot_mapping = {name: pad(slots) for name, slots in context.slot_mapping.items()}
     for metadata in (context.attn_metadata or {}).values():
-        metadata.slot_mapping = pad(metadata.slot_mapping)
+        if hasattr(metadata, "slot_mapping"):  # Mamba's has none
+            metadata.slot_mapping = pad(metadata.slot_mapping)
+    return context
 
 
 def sort_as_v2(runner: Any, scheduled: Any) -> None:
     """Rows as Model Runner V2 has them: decodes, then prefills, the shortest first."""
     tokens, drafts = scheduled.num_scheduled_tokens, scheduled.scheduled_spec_decode_tokens
-    wanted = sorted(
-        tokens,
-        key=lambda r: (not drafts.get(r), tokens[r] != runner.uniform_decode_query_len, tokens[r]),
-    )
-    batch = runner.input_batch
+    query, batch = runner.uniform_decode_query_len, runner.input_batch
+    wanted = sorted(tokens, key=lambda r: (not drafts.get(r), tokens[r] != query, tokens[r]))
     for row, request in enumerate(wanted):
         if (at := batch.req_id_to_index[request]) != row:
             batch.swap_states(row, at)
@@ -314,12 +279,11 @@ def capture_sizes(vllm_config: Any) -> list[int]:
 
     config, parts = copy.copy(vllm_config), ("model_config", "compilation_config")
     config.__dict__ |= {part: copy.copy(getattr(config, part)) for part in parts}
-    config.model_config.enforce_eager = False
-    config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL
-    config.compilation_config.cudagraph_capture_sizes = None
-    config.compilation_config.max_cudagraph_capture_size = None
+    config.model_config.enforce_eager, graphs = False, config.compilation_config
+    graphs.cudagraph_mode = CUDAGraphMode.FULL
+    graphs.cudagraph_capture_sizes = graphs.max_cudagraph_capture_size = None
     config._set_cudagraph_sizes()
-    return config.compilation_config.cudagraph_capture_sizes
+    return graphs.cudagraph_capture_sizes
 
 
 class Replay:
@@ -336,11 +300,13 @@ class Replay:
         config, runner = self.vllm_config, self.model_runner
         if config.parallel_config.world_size > 1:
             return {"refused": "replay is of one worker: no tensor or pipeline parallelism"}
+        if config.lora_config:
+            return {"refused": "replay is without LoRA, whose kernels are chosen at each step"}
         if not (runner.device.type == "cpu" and config.model_config.enforce_eager):
             return {"refused": "replay is of an eager engine on a CPU"}
         graphs = runner.model.forward = Graphs(runner, v2)
         if graphs.embed is not None:
-            object.__setattr__(runner.model, "embed_input_ids", graphs.embed_input_ids)
+            runner.model.embed_input_ids = graphs.embed_input_ids
         runner.__dict__.pop("_may_reorder_batch", None)
         if v2:
             runner._may_reorder_batch = partial(sort_as_v2, runner)
@@ -348,7 +314,7 @@ class Replay:
             for graphs.mode in ("run", "record"):
                 runner._dummy_run(size)
         graphs.mode = "run"
-        warnings = {text for each in graphs.recorded.values() for text in each.recorder.warnings}
+        warnings = {text for each in graphs.recorded.values() for text in each.warnings}
         return {"sizes": sorted(graphs.recorded), "warnings": sorted(warnings)}
 
     def replay_mode(self, mode: str, by: str = "graph") -> tuple[str, str]:
