@@ -6,6 +6,7 @@ import re
 import sys
 import weakref
 from types import SimpleNamespace as Some
+from typing import Any
 
 import numpy as np
 import pytest
@@ -285,11 +286,12 @@ def test_embeddings_are_passed_on_as_they_are(more):
 
 
 # What a forward of `x` does, and what a warning may call it.
-READS = """bool(x.any()): is_nonzero|item; torch.equal(x, -x): equal; x.tolist(): tolist
-x.cpu().numpy(): numpy; x.nonzero(): nonzero; x.masked_select(x > 0): masked_select; x[x > 0]: index
-x.clone().index_put_((x < 0,), x[:0, 0]): index_put; x.unique(): unique"""
-UNREADS = """x.sum().item(): item; x[: x[0, 0].long()]: item; 1.0 in x: item; x.cpu(): cpu
-np.asarray(x): array|numpy; torch.allclose(x, x): allclose; torch.where(x > 0): where|nonzero
+READS = """bool(x.any()): is_nonzero|item; torch.equal(x, -x): equal; x.tolist(): resolve_conj
+x.cpu().numpy(): resolve_conj; x.nonzero(): nonzero; x.masked_select(x > 0): masked_select
+x[x > 0]: index
+x.clone().index_put_((x < 0,), x[:0, 0]): index_put; x.unique(): unique
+x.sum().item(): item; x[: x[0, 0].long()]: item; 1.0 in x: item
+np.asarray(x): resolve_conj; torch.allclose(x, x): allclose; torch.where(x > 0): where|nonzero
 torch.argwhere(x): where|nonzero; x.repeat_interleave(x[:, 0].long(), 0): repeat_interleave
 x + torch.tensor([1.0, 2.0, 3.0]): lift_fresh|tensor"""
 
@@ -423,7 +425,8 @@ def test_sizes_are_those_that_vllm_captures(seqs, budget, most):
 
 
 def test_a_worker_records_the_largest_size_first_after_a_warm_up():
-    calls, x, worker = [], torch.zeros(ROWS, 3), replay.Replay()
+    calls, x = [], torch.zeros(ROWS, 3)
+    worker: Any = replay.Replay()
     model = Some(forward=lambda positions, x: calls.append(len(x)) or x + 1)
     run = lambda size: model.forward(positions=x[:size, 0], x=x[:size])  # noqa: E731
     step, parallel = step_of([1]), Some(world_size=1)

@@ -16,24 +16,20 @@ operation. This is not Inductor's arithmetic, nor CUDA's kernels, memory pool an
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 # What Python has to wait for, a capture refuses. PyTorch does not tag all operations that give it
-# values, or shapes that depend on values; and some of its methods read without an operation.
+# values, or shapes that depend on values. Of `tolist` and `numpy`, `resolve_conj` is all there is.
 TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-UNTAGGED = {"aten.is_nonzero.default", "aten.where.default", "aten.repeat_interleave.self_Tensor"}
-UNSEEN = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu, torch.Tensor.__array__}
-LARGE = 10.0
-"""By how much poison is larger than the features that it is made of."""
+UNTAGGED = {"is_nonzero.default", "where.default", "repeat_interleave.self_Tensor"}
+UNTAGGED |= {"resolve_conj.default"}
+LARGE = 10.0  # times the features that poison is made of
 
 
 class Slot(int):
@@ -54,7 +50,7 @@ def waits(func: Any, args: Any) -> bool:
         masked = any(getattr(i, "dtype", None) == torch.bool for i in tree_leaves(args[1:2]))
         return masked and not (name.startswith("index_put") and args[2].numel() == 1)
     lists = name == "lift_fresh" and args[0].dim() > 0  # of Python's values
-    return lists or bool(TAGS & set(func.tags)) or str(func) in UNTAGGED
+    return lists or bool(TAGS & set(func.tags)) or str(func).removeprefix("aten.") in UNTAGGED
 
 
 class Step:
@@ -78,19 +74,6 @@ class Step:
             memory[number] = None
 
 
-class Unseen(TorchFunctionMode):
-    """Warns of what reads a tensor without an operation."""
-
-    def __init__(self, warnings: set[str]):
-        super().__init__()
-        self.warnings = warnings
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in UNSEEN:
-            self.warnings.add(f"Tensor.{func.__name__}: what Python reads is the recording's")
-        return func(*args, **(kwargs or {}))
-
-
 class Recording(TorchDispatchMode):
     """A forward of inputs, and what it may not be replayed for: `warnings`."""
 
@@ -101,8 +84,8 @@ class Recording(TorchDispatchMode):
         self.kept: Any = WeakTensorKeyDictionary()
         self.count = 0
 
-    def record(self, forward: Callable[..., Any]) -> Any:
-        with self, Unseen(self.warnings):
+    def record(self, forward: Any) -> Any:
+        with self:
             out = forward(**self.inputs)
         self.result = tree_map(self.symbol, out)
         given, last = set(slots_in(self.result)), dict[int, Step]()
@@ -111,18 +94,16 @@ class Recording(TorchDispatchMode):
             last |= dict.fromkeys([*used, *(n for n in step.defined if n is not None)], step)
         for number in last.keys() - given:
             last[number].ends.append(number)
-        for left, number in self.made.items():
-            if number not in given:
-                text = f"forward leaves a tensor behind, which no replay renews: {left.shape}"
-                self.warnings.add(text)
+        left = (tensor.shape for tensor, number in self.made.items() if number not in given)
+        self.warnings |= {f"forward leaves behind what no replay renews: {shape}" for shape in left}
         return out
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if waits(func, args):
             self.warnings.add(f"{func}: what it gives depends on values; Python waits for it")
-        given = tree_map(self.symbol, (args, kwargs or {}))
-        self.steps.append(Step(func, *given, [self.define(leaf) for leaf in tree_leaves(out)]))
+        given, more = tree_map(self.symbol, (args, kwargs or {}))
+        self.steps.append(Step(func, given, more, [self.define(leaf) for leaf in tree_leaves(out)]))
         return out
 
     def symbol(self, leaf: Any) -> Any:
@@ -151,22 +132,19 @@ class Recording(TorchDispatchMode):
     def moved(self, inputs: dict[str, Any], size: int, padded: int) -> str:
         """The input that is not what was recorded, but for rows of padding; nothing if all are."""
         for name in sorted(inputs.keys() | self.inputs.keys()):
-            now, then = (tensors(each.get(name)) for each in (inputs, self.inputs))
-            if len(now) != len(then):
+            now, then = (places(i.get(name), size, padded) for i in (inputs, self.inputs))
+            if now != then:
                 return name
-            for a, b in zip(now, then):
-                sizes = zip(a.shape, b.shape)
-                same = all(n == m or (n, m) == (size, padded) for n, m in sizes)
-                place, other = ((t.data_ptr(), t.stride(), t.dtype, t.dim()) for t in (a, b))
-                if not same or place != other:
-                    return name
         return ""
 
 
-def tensors(value: Any) -> list[torch.Tensor]:
-    """An input's: also those of lists, and of an IntermediateTensors."""
-    leaves = tree_leaves(getattr(value, "tensors", value))
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+def places(value: Any, size: int, padded: int) -> list[Any]:
+    """Where an input's tensors are; also those of lists, and of an IntermediateTensors."""
+    return [
+        (t.data_ptr(), t.stride(), t.dtype, [size if n == padded else n for n in t.shape])
+        for t in tree_leaves(getattr(value, "tensors", value))
+        if isinstance(t, torch.Tensor)
+    ]
 
 
 class Graphs:
@@ -183,7 +161,7 @@ class Graphs:
 
     def __init__(self, runner: Any, v2: bool):
         self.runner, self.forward, self.v2 = runner, runner.model.forward, v2
-        self.embed = getattr(runner.model, "embed_input_ids", None)
+        self.embed: Any = getattr(runner.model, "embed_input_ids", None)
         if isinstance(self.forward, Graphs):  # recorded once more
             self.forward, self.embed = self.forward.forward, self.forward.embed
         self.mode, self.by, self.recorded = "run", "graph", dict[int, Recording]()
@@ -213,8 +191,7 @@ class Graphs:
     def decodes(self, padded: int) -> bool:
         """Whether each request has one token, and those that were speculated for it."""
         batch, query = self.runner.input_batch, self.runner.uniform_decode_query_len
-        requests = batch.num_reqs
-        tokens = np.diff(self.runner.query_start_loc.np[: requests + 1])
+        tokens = np.diff(self.runner.query_start_loc.np[: (requests := batch.num_reqs) + 1])
         # Of a prompt that is not yet computed, V2 takes one token over existing context.
         computed = batch.num_computed_tokens_cpu[:requests]
         prefills = computed < batch.num_prompt_tokens[:requests]
@@ -224,12 +201,11 @@ class Graphs:
 
     def embed_input_ids(self, *args: Any, **more: Any) -> Any:
         given = more.get("multimodal_embeddings", args[1] if len(args) > 1 else None)
-        mask = more.get("is_multimodal")
-        if given is not None and len(given) and mask is not None:
+        if given is not None and len(given) and more.get("is_multimodal") is not None:
             # Of media of several kinds, an image's, with its levels.
             widest = max(range(len(given)), key=lambda i: given[i].shape[-1])
             place = sum(len(each) for each in given[:widest])
-            self.medium = given[widest].clone(), args[0][mask][place].clone()
+            self.medium = given[widest].clone(), args[0][more["is_multimodal"]][place].clone()
         return self.embed(*args, **more)
 
     def stage_everywhere(self, rows: int, inputs: dict[str, Any]) -> bool:
@@ -245,8 +221,7 @@ class Graphs:
 
 
 def pad_slots(size: int, padded: int) -> Any:
-    """Rows of padding write nothing to the KV cache: their slot is -1, as in vLLM. Gives the step's
-    context."""
+    """The step's context, in which rows of padding have no slot in the KV cache: -1, as in vLLM."""
     from vllm.forward_context import get_forward_context
 
     def pad(slots: Any) -> Any:
@@ -277,8 +252,9 @@ def capture_sizes(vllm_config: Any) -> list[int]:
     """By vLLM's own formula, which it does not ask for an eager engine."""
     from vllm.config import CUDAGraphMode
 
-    config, parts = copy.copy(vllm_config), ("model_config", "compilation_config")
-    config.__dict__ |= {part: copy.copy(getattr(config, part)) for part in parts}
+    config = copy.copy(vllm_config)
+    for part in ("model_config", "compilation_config"):
+        setattr(config, part, copy.copy(getattr(config, part)))
     config.model_config.enforce_eager, graphs = False, config.compilation_config
     graphs.cudagraph_mode = CUDAGraphMode.FULL
     graphs.cudagraph_capture_sizes = graphs.max_cudagraph_capture_size = None
@@ -289,27 +265,20 @@ def capture_sizes(vllm_config: Any) -> list[int]:
 class Replay:
     """What vLLM adds to its worker's class; called with `LLM.collective_rpc`."""
 
-    model_runner: Any
-    vllm_config: Any
-
-    def replay_record(self, v2: bool = True, sizes: list[int] | None = None) -> dict[str, Any]:
+    def replay_record(self: Any, v2: bool = True, sizes: list[int] | None = None) -> dict[str, Any]:
         """Records `forward` at `sizes` (default: vLLM's own), as it is captured: the largest first,
         after dummy runs. `v2`: rows in Model Runner V2's order, and its rule for decode graphs.
-        Gives the sizes, and warnings of what a recording cannot hold; or why nothing is recorded.
-        """
+        Gives the sizes, and warnings of what a recording cannot hold; or why it is refused."""
         config, runner = self.vllm_config, self.model_runner
-        if config.parallel_config.world_size > 1:
-            return {"refused": "replay is of one worker: no tensor or pipeline parallelism"}
-        if config.lora_config:
-            return {"refused": "replay is without LoRA, whose kernels are chosen at each step"}
-        if not (runner.device.type == "cpu" and config.model_config.enforce_eager):
-            return {"refused": "replay is of an eager engine on a CPU"}
+        sharded, eager = config.parallel_config.world_size > 1, config.model_config.enforce_eager
+        if sharded or config.lora_config or not eager or runner.device.type != "cpu":
+            return {"refused": "replay is of an eager engine on a CPU, of one worker, without LoRA"}
         graphs = runner.model.forward = Graphs(runner, v2)
         if graphs.embed is not None:
             runner.model.embed_input_ids = graphs.embed_input_ids
         runner.__dict__.pop("_may_reorder_batch", None)
         if v2:
-            runner._may_reorder_batch = partial(sort_as_v2, runner)
+            runner._may_reorder_batch = lambda scheduled: sort_as_v2(runner, scheduled)
         for size in sorted(sizes or capture_sizes(config), reverse=True):
             for graphs.mode in ("run", "record"):
                 runner._dummy_run(size)
@@ -317,15 +286,14 @@ class Replay:
         warnings = {text for each in graphs.recorded.values() for text in each.warnings}
         return {"sizes": sorted(graphs.recorded), "warnings": sorted(warnings)}
 
-    def replay_mode(self, mode: str, by: str = "graph") -> tuple[str, str]:
+    def replay_mode(self: Any, mode: str, by: str = "graph") -> tuple[str, str]:
         """From the next step on, as `Graphs` has it. Gives what was before."""
         graphs = self.model_runner.model.forward
         before, (graphs.mode, graphs.by) = (graphs.mode, graphs.by), (mode, by)
         return before
 
-    def replay_counts(self) -> dict[str, Any]:
-        """Since it was last asked: steps that were replayed, and others; and problems that kept
-        steps from being replayed."""
+    def replay_counts(self: Any) -> dict[str, Any]:
+        """Since it was last asked: steps replayed, and others; problems that kept steps from it."""
         graphs = self.model_runner.model.forward
         counts = graphs.counts | {"problems": list(graphs.problems)}
         graphs.counts, graphs.problems = dict.fromkeys(graphs.counts, 0), {}
