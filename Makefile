@@ -113,23 +113,23 @@ $(TINY): tests/tiny_models.py | $(VENV)/vllm
 
 install: $(VENV)/vllm $(VENV)/plugin $(STOCK)
 
-$(PARITY)/pr43617: | $(STOCK)
-	mkdir -p $(PARITY)
+build/pr43617/$(RELEASE): | $(STOCK)
+	mkdir -p build/pr43617
 	rm -rf $@.part
 	cp -al $(STOCK) $@.part
 	.venv/bin/python -m tools apply $@.part --overlay tests/pr43617
 	mv $@.part $@
 
 # Traced by Dynamo and not compiled by Inductor, which halves the time and shows D1 as well.
-TREES = released=$(STOCK) $(if $(PR43617),pr43617=$(PARITY)/pr43617) fork=
+TREES = released=$(STOCK) $(if $(PR43617),pr43617=build/pr43617/$(RELEASE)) fork=
 ## eager, compiled and replayed on a tiny Qwen3-VL: the release, #43617, the fork; 4 minutes
 parity:
 	@mkdir -p $(PARITY)
 	@echo 'installing: $(PARITY)/install.log'
-	@$(MAKE) --no-print-directory install $(TINY) $(if $(PR43617),$(PARITY)/pr43617) \
+	@$(MAKE) --no-print-directory install $(TINY) $(if $(PR43617),build/pr43617/$(RELEASE)) \
 		> $(PARITY)/install.log 2>&1 || { tail -20 $(PARITY)/install.log; exit 1; }
 	@VLLM_CPU_CI_ENV=1 $(PY) -m tools.parity.trees $(PARITY) $(TREES) -- \
-		--model $(TINY) $(ENGINE) --distributed-executor-backend uni
+		--model $(TINY) $(ENGINE)
 
 ## accuracy on Geo3K-nano: Transformers, vLLM eager, stock, fork
 geo3k: install

@@ -19,7 +19,7 @@ from tests.serving.soak import DifferenceError
 from tools import ROOT
 from tools.overlay.tree import Tree
 from tools.overlay.verbs import installed
-from tools.parity.modes import EAGER
+from tools.parity.modes import EAGER, REPLAYS
 from tools.parity.report import leaked, report, sentences
 from tools.parity.run import arm_job, run, write_spec
 from tools.parity.samples import builtin
@@ -29,13 +29,25 @@ MIXIN, QWEN3_VL = (f"vllm/model_executor/models/{name}.py" for name in ("deepsta
 IN_FORWARD = "self._clear_deepstack_input_embeds(inputs_embeds.size(0))"
 IN_FOUR = "self._clear_deepstack_input_embeds(4)"
 STAGED = "self._clear_deepstack_input_embeds(self.deepstack_input_embeds_num_tokens)"
-# In a fixed vLLM: the file, what stands there, and what stands there instead.
-VARIANTS = {
-    "nothing is cleared": [(MIXIN, "buffer[: min(num_tokens, staged)].zero_()", "pass")],
-    # As a graph does that was captured for a step of four tokens.
-    "four rows are cleared": [(QWEN3_VL, STAGED, "pass"), (QWEN3_VL, IN_FORWARD, IN_FOUR)],
-}
 REBOUND = "self.deepstack_input_embeds = [torch.zeros_like(b) for b in self.deepstack_input_embeds]"
+READ = "views = [b[start : start + num_tokens] for b in self._deepstack_buffers]"
+WIPED = "[b[self.deepstack_input_embeds_num_tokens :].zero_() for b in self._deepstack_buffers]"
+# In a fixed vLLM: the file, what stands there, and what stands there instead; and what the check
+# says of it, eager and replayed.
+VARIANTS: dict[str, tuple[list[tuple[str, str, str]], tuple[str, str]]] = {
+    "nothing is cleared": (
+        [(MIXIN, "buffer[: min(num_tokens, staged)].zero_()", "pass")],
+        ("leaks", "leaks"),
+    ),
+    # As a graph does that was captured for a step of four tokens.
+    "four rows are cleared": (
+        [(QWEN3_VL, STAGED, "pass"), (QWEN3_VL, IN_FORWARD, IN_FOUR)],
+        ("leaks", "leaks"),
+    ),
+    "D5": ([(MIXIN, STAGED, REBOUND)], ("agrees", "diverges")),
+    # As vllm-omni has it: rows that nobody staged are wiped, at capture all of them.
+    "D22": ([(MIXIN, READ, f"{WIPED}; {READ}")], ("agrees", "diverges")),
+}
 
 
 def edit(tree: Path, edits: list[tuple[str, str, str]]) -> None:
@@ -69,29 +81,39 @@ def check(model: Path, folder: Path, *options: str, **more: str) -> tuple[int, d
 
 @pytest.mark.engine
 @pytest.mark.timeout(900)
-def test_broken_variants_leak(models, stock_tree, tmp_path):
-    """On eager engines, which run the models' own Python at each step: of the fork, with one thing
-    broken, text gets what an image has left."""
+def test_broken_variants(models, stock_tree, tmp_path):
+    """Of the fork, with one thing broken: on an eager engine, which runs the model's own Python at
+    each step, text gets what an image has left; replayed, images lose their levels."""
     spec = write_spec(builtin(5, tmp_path), True, 4, tmp_path, probes=True)
     options = [*small(models["qwen3_vl"]), "--dtype", "float32", "--seed", "0"]
     options += ["--logprobs-mode", "raw_logits", "--max-logprobs", "-1"]
     options += ["--gpu-memory-utilization", "0.3"]  # of a CPU's memory, too
     jobs = []
-    for number, (name, edits) in enumerate(VARIANTS.items()):
-        tree = shutil.copytree(stock_tree, tmp_path / f"tree-{number}", copy_function=os.link)
+    for number, (name, (edits, _)) in enumerate(VARIANTS.items()):
+        folder = tmp_path / str(number)
+        tree = shutil.copytree(stock_tree, folder / "tree", copy_function=os.link)
         Tree(tree).apply()
         edit(tree, edits)
-        jobs.append(arm_job(EAGER, tree, options, tmp_path, name))
-    results = dict(zip(VARIANTS, run(jobs, spec, Console(stderr=True), at_once=2)))
-    for name, result in results.items():
+        jobs.append(arm_job(EAGER, tree, options, folder, name, REPLAYS))
+    results = run(jobs, spec, Console(stderr=True), at_once=2)
+    for result, (name, (_, wanted)) in zip(results, VARIANTS.items()):
         assert result.meta["vllm"].endswith(" with vllm-deepstack")
-        found = report(name, result, {})
+        found = report(name, result, result.replays)
         jsonschema.validate(found, SCHEMA)
-        (eager,) = found["arms"]
-        print(f"{name}: {leaked(eager)}", *sentences(eager)[:3], sep="\n  ")
-        assert found["verdict"] == "leaks" and leaked(eager) > 5
-        assert "(text) changed by " in sentences(eager)[0] and "(image)" in sentences(eager)[0]
-        assert eager["leaks"]["streams"][0]["requests"][0]["changed"] is False
+        eager, replay, _ = found["arms"]
+        seconds = {arm["mode"]: arm["seconds"] for arm in found["arms"]}
+        print(
+            f"{name}: {leaked(eager)}, {leaked(replay)}, {seconds}",
+            *sentences(eager)[:3],
+            sep="\n  ",
+        )
+        assert (eager["verdict"], replay["verdict"]) == wanted
+        if wanted[0] == "leaks":
+            assert leaked(eager) > 5 and found["verdict"] == "leaks"
+            assert "(text) changed by " in sentences(eager)[0] and "(image)" in sentences(eager)[0]
+            assert eager["leaks"]["streams"][0]["requests"][0]["changed"] is False
+        else:
+            assert replay["alone"]["differ"] > 5 and leaked(replay) == 0
 
 
 @pytest.mark.engine
@@ -134,8 +156,7 @@ def test_the_check_finds_what_graphs_leave(tmp_path, figures):
 @pytest.mark.gpu
 @pytest.mark.timeout(600, func_only=True)
 def test_the_check_finds_rebound_storage(tmp_path, figures):
-    """D5: graphs read the buffers that were there when they were captured. Eager engines, and so
-    a CPU's, have no such graphs."""
+    """D5: graphs read the buffers that were there when they were captured."""
     shutil.copytree(installed() / "vllm", tmp_path / "tree/vllm")
     edit(tmp_path / "tree", [(MIXIN, STAGED, REBOUND)])
     code, found = gpu_check(tmp_path, "--vllm", str(tmp_path / "tree"))

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import PR43617
 from tools import __version__, releases
 from tools.overlay.tree import Tree
+from tools.parity.report import leaked
 from tools.parity.samples import builtin
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -109,12 +111,36 @@ def test_stock_release_loses_the_features(parity, model, stock_tree, stock_cache
     code, report = parity(model, "--vllm", stock_tree, cache=stock_cache)
     assert code == 1
     assert report["vllm"] == str(releases.default().version)
-    assert report["verdict"] == "diverges"  # and nothing leaks
+    # Compiled, and where the whole prompt is replayed, images lose their levels. In Python, which
+    # reads them, a replayed step leaves them to the next (D2).
+    verdicts = {arm["mode"]: arm["verdict"] for arm in report["arms"]}
+    assert verdicts["default"] == verdicts["replay"] == "diverges"
+    assert verdicts["eager"] == "agrees" and verdicts["replay-decode"] == "leaks"
     assert report["arms"][1]["alone"]["differ"] > 10  # short requests with images
     assert min(report["shares"]["blank"], report["shares"]["levels"]) > 0.5
     assert len(differences(report, images=True)) == 4
     assert min(differences(report, images=True)) > 0.5
     assert max(differences(report, images=False)) < 1e-3
+
+
+def changed(arm: dict, stream: str) -> int:
+    (requests,) = [s["requests"] for s in arm["leaks"]["streams"] if s["name"] == stream]
+    return sum(request["changed"] for request in requests)
+
+
+def test_43617_leaks(parity, stock_tree, tmp_path):
+    """D2, on one engine: with the change that fixed D1, what an image left is in others' texts."""
+    tree = shutil.copytree(stock_tree, tmp_path / "pr43617", copy_function=os.link)
+    Tree(tree, PR43617).apply()
+    code, report = parity("qwen3_vl", "--vllm", tree, "--modes", "replay", "replay-decode")
+    assert code == 1
+    eager, *replays = report["arms"]
+    assert eager["verdict"] == "agrees" and leaked(eager) == 0
+    for arm in replays:
+        assert arm["verdict"] == "leaks" and arm["alone"]["differ"] == 0
+        assert changed(arm, "features staged in each row, then text") > 0
+    assert leaked(replays[0]) > 15
+    assert changed(replays[0], "the same text again, from the prefix cache") == 2
 
 
 def agrees(report: dict) -> None:

@@ -17,13 +17,13 @@ pytestmark = [pytest.mark.engine, pytest.mark.optional, pytest.mark.timeout(1800
 
 @pytest.mark.parametrize("version", ["0.21.0", "0.32.0"])
 def test_parity(version):
-    """D1 shows on the stock release where it has it; the fork agrees with eager."""
+    """D1 shows on the stock release where it has it, D2 elsewhere; the fork agrees with eager."""
     command = ["make", "parity", f"RELEASE={version}"]
     done = subprocess.run(command, cwd=releases.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     stock, fork = (
         json.loads((BUILD / "parity" / version / f"{name}.json").read_text())
-        for name in ("stock", "fork")
+        for name in ("released", "fork")
     )
     assert stock["vllm"] == version
     assert fork["vllm"].startswith(f"{version}+deepstack.")
@@ -31,9 +31,11 @@ def test_parity(version):
         assert sum(sample["images"] > 0 for sample in report["samples"]) == 4
         assert all(sample["image_tokens"] for sample in report["samples"] if sample["images"])
     _, released = DEFECTS["D1"].models["Qwen3-VL"]
+    verdicts = {arm["mode"]: arm["verdict"] for arm in stock["arms"]}
     affected = released.contains(version)
-    assert stock["verdict"] == ("diverges" if affected else "agrees")
-    assert fork["verdict"] == "agrees"
+    assert verdicts["default"] == ("diverges" if affected else "agrees")
+    assert verdicts["replay"] == ("diverges" if affected else "leaks")
+    assert [arm["verdict"] for arm in fork["arms"]] == ["agrees"] * 4
 
 
 def test_plugin():
@@ -56,6 +58,33 @@ def test_plugin():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(done.stdout)["vllm"] == "0.32.0 with vllm-deepstack"
+
+
+@pytest.mark.parametrize("bites", [True, False])
+def test_replay(bites):
+    """Of all six models on 0.32.0, as released and with the fork."""
+    install = ["make", "install", "RELEASE=0.32.0"]
+    done = subprocess.run(install, cwd=releases.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    python = BUILD / "env" / "0.32.0" / "bin" / "python"
+    command = [
+        str(python),
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "tests/serving/test_replay.py",
+    ]
+    stock = {"PYTHONPATH": str(BUILD / "stock" / "0.32.0")} if bites else {}
+    done = subprocess.run(
+        [*command, *(["--bites", "0.32.0"] if bites else [])],
+        cwd=releases.ROOT,
+        env=os.environ | stock,
+        capture_output=True,
+        text=True,
+    )
+    outcome = "24 xfailed in" if bites else "24 passed in"
+    assert done.returncode == 0 and outcome in done.stdout, done.stdout + done.stderr
 
 
 def test_soak():

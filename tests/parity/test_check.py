@@ -525,7 +525,7 @@ class TestErrors:
             outcomes([jobs[1], jobs[0]], tmp_path / "job.json", console, at_once)
 
     def test_a_mistake_of_ours_is_no_verdict(self, capsys, monkeypatch):
-        monkeypatch.setattr("tools.parity.check.validate", lambda args: 1 / 0)
+        monkeypatch.setattr("tools.parity.check.validate", lambda args, trees: 1 / 0)
         assert main(["check", "--model", "m"]) == 2
         assert "ZeroDivisionError" in capsys.readouterr().err
 

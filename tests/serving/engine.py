@@ -60,15 +60,20 @@ class Engine:
             raise self.job.failure() from None
 
     def serve(
-        self, stream: list[Request], threshold: int = 0, mode: str = "", by: str = "graph"
+        self,
+        stream: list[Request],
+        threshold: int = 0,
+        mode: str = "",
+        by: str = "graph",
+        keep: bool = False,
     ) -> list[Run]:
         """What each request got, served together as they join: a ValueError if it was refused.
 
         With a threshold, a step has no more tokens of one prompt, if there are other requests:
         `long_prefill_token_threshold`. With a mode, `forward` is replayed, as `replay.Graphs` has
-        it; `record` comes first.
+        it; `record` comes first. The prefix cache is emptied before, unless `keep`.
         """
-        how = {"stream": stream, "threshold": threshold, "mode": mode, "by": by}
+        how = {"stream": stream, "threshold": threshold, "mode": mode, "by": by, "keep": keep}
         return self._ask(partial(serve, **how))
 
     def record(self, v2: bool = True) -> dict[str, Any]:
@@ -133,16 +138,18 @@ def sleep_and_wake(llm: Any) -> None:
 
 
 def serve(
-    llm: Any, stream: list[Request], threshold: int, mode: str, by: str
+    llm: Any, stream: list[Request], threshold: int, mode: str, by: str, keep: bool
 ) -> list[Run | ValueError]:
     """Steps the engine by hand, so that who is in flight with whom is always the same."""
     config = llm.llm_engine.vllm_config
     # Each stream stands for itself: no cached prefixes, and a step with as much text as fits,
     # which in a broken engine, too, ends what an earlier stream left staged.
     longest = config.model_config.max_model_len - 1
-    llm.reset_prefix_cache()
+    if not keep:
+        llm.reset_prefix_cache()
     served(llm, [Request((Text(min(budget(llm), longest), seed=99),))])
-    llm.reset_prefix_cache()
+    if not keep:
+        llm.reset_prefix_cache()
     with chunks(llm, threshold), replaying(llm, mode, by) if mode else nullcontext():
         return served(llm, stream)
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -20,7 +21,7 @@ from .run import Result, arm_job, outcomes, reference_job, run, write_spec
 from .samples import Sample, builtin, load
 
 
-def validate(args: argparse.Namespace) -> None:
+def validate(args: argparse.Namespace, trees: Iterable[Path | None]) -> None:
     """
     Raises:
         UserError: a folder is not there.
@@ -30,8 +31,9 @@ def validate(args: argparse.Namespace) -> None:
         and not Path(args.model).expanduser().is_dir()
     ):
         raise UserError(f"--model {args.model}: the folder does not exist")
-    if args.vllm and not (args.vllm / "vllm" / "__init__.py").is_file():
-        raise UserError(f"--vllm {args.vllm}: no vLLM there: it has no vllm/__init__.py")
+    for tree in filter(None, trees):
+        if not (tree / "vllm" / "__init__.py").is_file():
+            raise UserError(f"--vllm {tree}: no vLLM there: it has no vllm/__init__.py")
     for path in (args.html, args.junit):
         if path and path.is_dir():
             raise UserError(f"{path}: a folder; name a file")
@@ -108,7 +110,7 @@ def transformers(
 
 
 def execute(args: argparse.Namespace, options: list[str]) -> int:
-    validate(args)
+    validate(args, [args.vllm])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # engines are stopped
     files = [Path(args.json)] if args.json not in (None, "-") else []
     for path in [*files, *filter(None, (args.html, args.junit))]:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from .. import cli
 from ..__main__ import parser
-from .check import check
+from .check import check, validate
 from .report import exit_code, show_together
 
 
@@ -28,6 +28,7 @@ def main(arguments: list[str]) -> int:
         name: Path(tree) if tree else None for name, _, tree in (p.partition("=") for p in pairs)
     }
     args, options = parser().parse_known_args(["check", *arguments[at + 1 :]])
+    validate(args, trees.values())
     Path(out).mkdir(parents=True, exist_ok=True)
     reports = check(args, options, trees, Path(out).resolve(), Console(stderr=True))
     for name, report in zip(trees, reports):
