@@ -29,7 +29,6 @@ from .bare_models import (
     make,
     payload,
     read,
-    stack,
 )
 
 bites = pytest.mark.bites
@@ -75,15 +74,6 @@ def test_payload_is_gone_once_cleared(name):
     model._set_deepstack_input_embeds(payload(5))
     model._clear_deepstack_input_embeds(6)
     assert read(model, ROWS).eq(0).all()
-
-
-@bites("stock")
-def test_reading_is_a_view_that_shows_what_is_staged_later(name):
-    """A captured graph reads the storage that it was captured with."""
-    model = make(name)
-    tensors = model._get_deepstack_input_embeds(5)
-    model._set_deepstack_input_embeds(payload(5))
-    assert stack(tensors).equal(payload(5))
 
 
 def test_longer_payload_grows_the_buffers(name):
