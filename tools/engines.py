@@ -119,9 +119,17 @@ def engine_job(
     env = import_path(tree)
     env.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # a process less to import vLLM in
     env.setdefault("VLLM_PORT", str(next(PORTS)))
-    if cores:
-        env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
+    env |= bound(cores)
     return Job(name, module, options, env, folder, suffix)
+
+
+def bound(cores: list[int]) -> dict[str, str]:
+    """The environment of a CPU's engine on so few cores. Later releases bind no worker that is in
+    the engine's own process: two that run at once would wait for each other's threads."""
+    if not cores:
+        return {}
+    bind = ",".join(map(str, cores))
+    return {"VLLM_CPU_OMP_THREADS_BIND": bind, "OMP_NUM_THREADS": str(len(cores))}
 
 
 def import_path(tree: Path | None = None) -> dict[str, str]:

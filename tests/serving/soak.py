@@ -24,7 +24,7 @@ from hypothesis.errors import Flaky
 from tqdm import tqdm
 
 from tools.cli import UserError
-from tools.engines import EngineError, shared_cores
+from tools.engines import EngineError, bound, shared_cores
 from tools.parity.compare import TOLERANCE, Difference, Run, compare
 
 from .engine import Engine
@@ -203,8 +203,7 @@ def main() -> int:
             ("served", 0, served_options(args.model, args.dtype, *options), args.vllm),
             ("oracle", 1, oracle_options(args.model, args.dtype), None),
         ):
-            bind = ",".join(map(str, shared_cores(2)[core])) or "auto"
-            env = {"VLLM_CPU_OMP_THREADS_BIND": bind, "VLLM_CACHE_ROOT": str(folder / "cache")}
+            env = bound(shared_cores(2)[core]) | {"VLLM_CACHE_ROOT": str(folder / "cache")}
             engines.append(Engine(name, [*options_, *memory], folder, tree, **env))
         served, oracle = engines
         soak = Soak(served, oracle, args.tolerance or TOLERANCE[args.dtype])

@@ -20,6 +20,7 @@ from packaging.specifiers import SpecifierSet
 from tests import tiny_models
 from tests.conftest import can_run_experts, version
 from tests.fleet import MODELS as SINCE
+from tools.engines import bound
 from tools.parity.compare import TOLERANCE, Run, compare
 
 from .engine import Engine
@@ -41,7 +42,7 @@ MODELS = [
 ]
 EXPERTS = ("qwen3_omni", "qwen3_vl_moe")
 REPLAYS = ("replay", "replay-decode")
-CORES = [str(core) for core in sorted(os.sched_getaffinity(0))[:2]]
+CORES = sorted(os.sched_getaffinity(0))[:2]
 LIMIT = TOLERANCE["float32"]
 MEMORY = ["--gpu-memory-utilization", "0.3"]  # of a CPU's memory, too
 CACHED = ["--enable-prefix-caching", "--block-size", "32"]
@@ -84,7 +85,7 @@ def started(tmp_path_factory) -> Iterator[Callable[[str], Engine]]:
 
     def start(model: str) -> Engine:
         checkpoint = (tiny_models.MODELS | tiny_models.OTHERS)[model](folder / model)
-        env = {"VLLM_CACHE_ROOT": str(folder / "cache"), "VLLM_CPU_OMP_THREADS_BIND": next(cores)}
+        env = {"VLLM_CACHE_ROOT": str(folder / "cache"), **bound([next(cores)])}
         env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
         return Engine(model, options(model, checkpoint), folder, **env)
 

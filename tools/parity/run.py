@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from ..engines import EngineError, Job, engine_job, import_path, shared_cores, stopping
+from ..engines import EngineError, Job, bound, engine_job, import_path, shared_cores, stopping
 from .compare import Run
 from .modes import EAGER, Mode
 from .samples import Sample
@@ -139,8 +139,8 @@ def outcomes(
             for place, cores in enumerate(shared_cores(at_once)):
                 if place not in places and waiting:
                     job = places[place] = waiting.pop()
-                    if at_once > 1 and cores:
-                        job.env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
+                    if at_once > 1:
+                        job.env |= bound(cores)
                     running[job], started[job] = "", time.monotonic()
                     job.start(spec)
                     progress.start_task(tasks[job])
