@@ -102,14 +102,14 @@ def test_contract_holds_on(version, run_tests, unpacked, tmp_path):
     code, output = run_tests(patched(unpacked(version), tmp_path), "--thin", str(thin))
     assert code == 0, output
     assert f"vLLM {version} in" in output
-    assert count(output, "passed") >= 170
+    assert count(output, "passed") >= 150
 
 
 @pytest.mark.parametrize(
     "variant, version, fail",
     [
-        ("stock", DEFAULT, 100),
-        ("pr43617", DEFAULT, 90),
+        ("stock", DEFAULT, 90),
+        ("pr43617", DEFAULT, 80),
         ("newest", NEWEST, 100),
         ("0.20.1", "0.20.1", 3),
         ("0.25.1", "0.25.1", 2),
