@@ -13,6 +13,8 @@ export HF_HUB_OFFLINE ?= $(if $(GEO3K_MODEL)$(GEO3K_DATASET),0,1)
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 # The environments have the plugin; the targets run each vLLM as its files are.
 export DEEPSTACK_DISABLE ?= 1
+# PyTorch's compiler tries in each process, for 10 s, whether the C++ compiler knows the processor.
+export TORCHINDUCTOR_VEC_ISA_OK ?= 1
 unexport PYTHONPATH
 # Without bytecode, each process of an engine compiles vLLM, PyTorch and Transformers anew: 10 s.
 unexport PYTHONDONTWRITEBYTECODE
