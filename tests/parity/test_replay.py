@@ -383,6 +383,8 @@ def test_decodes_come_first_then_the_shortest(requests, query, random):
     drafts = {name: [0] * drafts for name, (_, drafts) in zip(tokens, requests) if drafts != 1}
     rows = random.sample(list(tokens), len(tokens))
     for theirs in vllms("v1/worker/gpu/model_runner.py", "sort_batch_req_ids"):
+        if theirs.__code__.co_argcount < 3:  # of earlier releases
+            continue
         assert sorted_rows(tokens, drafts, query, rows[:]) == "".join(theirs(tokens, drafts, query))
 
 
