@@ -126,9 +126,8 @@ build/pr43617/$(RELEASE): | $(STOCK)
 TREES = released=$(STOCK) $(if $(PR43617),pr43617=build/pr43617/$(RELEASE)) fork=
 ## eager, compiled and replayed on a tiny Qwen3-VL: the release, #43617, the fork; 4 minutes
 parity:
-	@mkdir -p $(PARITY)
 	@echo 'installing: $(PARITY)/install.log'
-	@$(MAKE) --no-print-directory install $(TINY) $(if $(PR43617),build/pr43617/$(RELEASE)) \
+	@mkdir -p $(PARITY) && $(MAKE) --no-print-directory install $(TINY) $(if $(PR43617),build/pr43617/$(RELEASE)) \
 		> $(PARITY)/install.log 2>&1 || { tail -20 $(PARITY)/install.log; exit 1; }
 	@VLLM_CPU_CI_ENV=1 $(PY) -m tools.parity.trees $(PARITY) $(TREES) -- \
 		--model $(TINY) $(ENGINE)
