@@ -31,11 +31,12 @@ from rich.console import Console
 from benchmarks.machine import machine
 from benchmarks.speed import page, results
 from benchmarks.speed.workers import Variant
+from tests.serving.test_gpu_engines import SPECULATIVE
 from tools import cli
 from tools.cli import UserError
 from tools.engines import EngineError, Job, engine_job, shared_cores, stopping
 from tools.parity.compare import Run, compare, tolerance
-from tools.parity.modes import BATCH_INVARIANT, EAGER, MODES, REPLAYS, Mode, graphs
+from tools.parity.modes import BATCH_INVARIANT, EAGER, EXTENSION, MODES, REPLAYS, Mode, graphs
 
 from .engine import load
 from .streams import STREAMS
@@ -43,13 +44,11 @@ from .traffic import ARRIVALS, Cell, Request, requests
 
 Entry = dict[str, Any]
 CELL = [field.name for field in fields(Cell)]
-NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
-NGRAM |= {"prompt_lookup_min": 1}
 BACKEND = "--attention-backend"
 BY_NAME = {mode.name: mode for mode in MODES} | {
     name: Mode(name, options)
     for name, options in {
-        "ngram": ("--speculative-config", json.dumps(NGRAM)),
+        "ngram": SPECULATIVE,
         "full-triton": (*graphs("FULL"), BACKEND, "TRITON_ATTN"),
         "full-fa3": (*graphs("FULL"), BACKEND, "FLASH_ATTN"),  # version 3, on a Hopper
     }.items()
@@ -59,7 +58,6 @@ CACHES = ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR")
 OPTIONS = ["--max-num-batched-tokens", "8192", "--max-num-seqs", "1024", "--max-model-len", "2048"]
 OPTIONS += ["--gpu-memory-utilization", "0.05", "--kv-cache-memory-bytes", "1G", "--seed", "0"]
 OPTIONS += ["--logprobs-mode", "raw_logits", "--max-logprobs", "-1", "--dtype", "bfloat16"]
-EXTENSION = ("--worker-extension-cls", "tools.parity.replay.Replay")
 REPLAY = Mode("replay", (*EAGER.options, "--dtype", "float32", *EXTENSION))
 
 

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ import numpy as np
 
 from tools.engines import STAGE, make_engine, vllm_name
 from tools.parity.compare import Run
-from tools.parity.stepping import Joining, RefusedError, budget, chunks, replaying, step_through
+from tools.parity.stepping import RefusedError, chunks, flush, replaying, step_through
 
-from .streams import STREAMS
+from .streams import chunk
 from .traffic import Cell, joining, words
 
 
@@ -79,11 +80,13 @@ def serve(llm: Any, cell: Cell, file: Path, mode: str = "", by: str = "") -> dic
     Raises:
         RefusedError: the engine refuses a request.
     """
-    flush(llm)
+    # Nothing of the cell before is staged, or in the prefix cache.
+    llm.reset_prefix_cache()
+    flush(llm, partial(words, np.random.default_rng(99)))
+    llm.reset_prefix_cache()
     began, ended, present = time.monotonic(), 0, 0
     arrays: dict[str, np.ndarray] = {}
-    _, chunk = STREAMS.get(cell.arrivals, (None, 0))
-    with chunks(llm, chunk), replaying(llm, mode, by) if mode else nullcontext():
+    with chunks(llm, chunk(cell.arrivals)), replaying(llm, mode, by) if mode else nullcontext():
         served = step_through(llm, joining(cell, llm.get_tokenizer()))
     for number, each in enumerate(served):
         if isinstance(each, RefusedError):
@@ -95,16 +98,6 @@ def serve(llm: Any, cell: Cell, file: Path, mode: str = "", by: str = "") -> dic
     counts = llm.collective_rpc("replay_counts")[0] if mode else {}
     mean, seconds = round(present / ended, 1), round(time.monotonic() - began, 1)
     return counts | {"steps": ended, "mean_in_flight": mean, "seconds": seconds}
-
-
-def flush(llm: Any) -> None:
-    """A text as long as a step takes, for which there is no graph: it runs the model's own Python,
-    which ends what the cell before has left. No prefix of that cell's is kept, either."""
-    longest = llm.llm_engine.vllm_config.model_config.max_model_len - 1
-    tokens = words(np.random.default_rng(99), min(budget(llm), longest))
-    llm.reset_prefix_cache()
-    step_through(llm, [Joining(lambda: {"prompt_token_ids": tokens}, 1, 0, judged=False)])
-    llm.reset_prefix_cache()
 
 
 def runs_file(result: Path, key: str) -> Path:

@@ -8,26 +8,20 @@ from typing import Any
 
 from tests.serving.streams import Picture
 from tests.serving.streams import Request as Sent
-from tests.serving.test_gpu_leaks import (
-    CHUNK,
-    image_ends_prompt,
-    image_trickles,
-    images_then_texts,
-)
+from tests.serving.test_gpu_leaks import streams
 from tools.parity.stepping import Joining
 
-# And the most tokens of a prompt in a step.
-STREAMS = {
-    "images-then-texts": (lambda end: images_then_texts(), 0),
-    "image-ends-prompt": (image_ends_prompt, CHUNK),
-    "image-trickles": (image_trickles, 1),
-}
+STREAMS = {name.replace(" ", "-"): name for name in streams(then_text=True)}
 
 
 def sent(name: str, omni: bool) -> list[Sent]:
     """A prompt that ends in a placeholder ends an Omni engine as released (D12)."""
-    make, _ = STREAMS[name]
-    return make(omni)
+    return streams(then_text=omni)[STREAMS[name]][0]
+
+
+def chunk(name: str) -> int:
+    """The most tokens of a prompt in a step; 0: as the engine has it."""
+    return streams(then_text=True)[STREAMS[name]][1] if name in STREAMS else 0
 
 
 def has_image(request: Sent) -> bool:

@@ -46,7 +46,7 @@ class Cell:
 
     def __str__(self) -> str:
         if self.arrivals in STREAMS:
-            return self.arrivals.replace("-", " ")
+            return STREAMS[self.arrivals]
         size = f"images of up to {self.side} px" if self.side else "small images"
         system = f", system prompt of {self.system}" if self.system else ""
         return f"{self.share:.0%} {size}, {self.arrivals}{system}"

@@ -209,7 +209,8 @@ def benchmark(args: argparse.Namespace, options: list[str], progress: Progress) 
                 runs[name].append(run(["make", "wheel"], WHEEL, VLLM_TARGET_DEVICE=device))
             if args.model:
                 step("parity check")
-                check = [sys.executable, "-m", "tools", "check", "--model", args.model, *options]
+                check = [sys.executable, "-m", "tools", "check", "--model", args.model]
+                check += ["--modes", "default", *options]
                 runs["parity check"].append(run(check, PARITY, VLLM_CACHE_ROOT=folder))
     return {
         "benchmark": "tools",

@@ -19,7 +19,15 @@ from tools.engines import engine_job, make_engine, stopping
 from tools.parity.compare import Run
 from tools.parity.engine import answer
 from tools.parity.run import Result
-from tools.parity.stepping import Joining, RefusedError, budget, chunks, replaying, step_through
+from tools.parity.stepping import (
+    Joining,
+    RefusedError,
+    budget,
+    chunks,
+    flush,
+    replaying,
+    step_through,
+)
 
 from .streams import Request, Text
 
@@ -141,13 +149,11 @@ def serve(
     llm: Any, stream: list[Request], threshold: int, mode: str, by: str, keep: bool
 ) -> list[Run | ValueError]:
     """Steps the engine by hand, so that who is in flight with whom is always the same."""
-    config = llm.llm_engine.vllm_config
-    # Each stream stands for itself: no cached prefixes, and a step with as much text as fits,
-    # which in a broken engine, too, ends what an earlier stream left staged.
-    longest = config.model_config.max_model_len - 1
+    # Each stream stands for itself: no cached prefixes, and in a broken engine, too, nothing that
+    # an earlier stream left staged.
     if not keep:
         llm.reset_prefix_cache()
-    served(llm, [Request((Text(min(budget(llm), longest), seed=99),))])
+    flush(llm, lambda tokens: Text(tokens, seed=99).ids())
     if not keep:
         llm.reset_prefix_cache()
     with chunks(llm, threshold), replaying(llm, mode, by) if mode else nullcontext():

@@ -87,6 +87,15 @@ def image_trickles(then_text: bool) -> list[Request]:
     return stream
 
 
+def streams(then_text: bool) -> dict[str, tuple[list[Request], int]]:
+    """And the most tokens of a prompt in a step."""
+    return {
+        "images then texts": (images_then_texts(), 0),
+        "image ends prompt": (image_ends_prompt(then_text), CHUNK),
+        "image trickles": (image_trickles(then_text), 1),
+    }
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -107,11 +116,7 @@ def test_no_request_sees_anothers_image(case, fleet, figures, pytestconfig):
     # A prompt that ends in a placeholder ends an Omni engine as released, before it leaks (D12).
     then_text = case.model == "qwen3_omni" and bool(pytestconfig.getoption("--bites"))
     wrong = 0
-    for what, stream, threshold in (
-        ("images then texts", images_then_texts(), 0),
-        ("image ends prompt", image_ends_prompt(then_text), CHUNK),
-        ("image trickles", image_trickles(then_text), 1),
-    ):
+    for what, (stream, threshold) in streams(then_text).items():
         found = fleet.compare(case, stream, threshold=threshold)
         figures(what=what, **found)
         wrong += found["wrong"]

@@ -26,7 +26,7 @@ from tools.parity.compare import TOLERANCE, Run, compare
 from .engine import Engine
 from .soak import DifferenceError, Soak, served_options
 from .streams import Request, Text
-from .test_gpu_leaks import CHUNK, IDLE, image_ends_prompt, image_trickles, images_then_texts
+from .test_gpu_leaks import CHUNK, IDLE, streams
 from .test_gpu_models import DUMMY, heard
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -121,15 +121,9 @@ def engine(model, started) -> Iterator[Engine]:
     engine.stop()
 
 
-def streams(model: str) -> dict[str, tuple[list[Request], int]]:
-    """And the most tokens of a prompt in a step."""
+def streams_of(model: str) -> dict[str, tuple[list[Request], int]]:
     # A prompt that ends in a placeholder ends an Omni engine as released, before it leaks (D12).
-    then_text = model == "qwen3_omni"
-    found = {
-        "images then texts": (images_then_texts(), 0),
-        "image ends prompt": (image_ends_prompt(then_text), CHUNK),
-        "image trickles": (image_trickles(then_text), 1),
-    }
+    found = streams(then_text=model == "qwen3_omni")
     if model == "moss_audio":
         found = {name: (heard(stream), chunk) for name, (stream, chunk) in found.items()}
     return found
@@ -138,7 +132,7 @@ def streams(model: str) -> dict[str, tuple[list[Request], int]]:
 @bites
 def test_no_request_sees_anothers_medium(engine, model, figures):
     wrong, soak = 0, Soak(Replayed(engine, "run"), Replayed(engine, "run"), LIMIT)
-    for (what, (stream, chunk)), mode in itertools.product(streams(model).items(), REPLAYS):
+    for (what, (stream, chunk)), mode in itertools.product(streams_of(model).items(), REPLAYS):
         soak.served = served = Replayed(engine, mode)
         off = [difference.largest for difference in soak.differences(stream, threshold=chunk)]
         count = sum(each > LIMIT for each in off)
@@ -162,7 +156,7 @@ def equal(ours: list[Run], theirs: list[Run]) -> None:
 @bites
 def test_what_a_step_staged_is_gone_in_the_next(engine, model):
     """A medium in one step, which is staged in all rows of each step; and texts."""
-    (one, *_), _ = streams(model)["images then texts"]
+    (one, *_), _ = streams_of(model)["images then texts"]
     texts = [Request((Text(5 + 7 * i, i),), max_tokens=4, joins_after=IDLE) for i in range(6)]
     for mode in REPLAYS:
         soak = Soak(Replayed(engine, mode, "poison"), Replayed(engine, "run"), LIMIT)
@@ -175,7 +169,7 @@ def test_the_prefix_cache_keeps_nothing_of_anothers_image(engine, model, figures
     nothing is staged: as released, it begins with keys and values that are wrong."""
     turns = [Text(96, 60), Text(24, 61)]
     first, second = (Request(tuple(turns[:n]), 6, joins_after=IDLE) for n in (1, 2))
-    (one, *_), _ = streams(model)["images then texts"]
+    (one, *_), _ = streams_of(model)["images then texts"]
     (right,) = engine.serve([second])
     engine.serve([one, first], CHUNK, "replay")
     (later,) = engine.serve([second], keep=True)
@@ -189,7 +183,7 @@ def test_rows_in_the_order_of_model_runner_v1(engine, model, figures):
     """Decodes sit in rows that an image has left, too: images are wrong as well, as released."""
     engine.record(v2=False)
     soak = Soak(Replayed(engine, "replay"), Replayed(engine, "run"), LIMIT)
-    (stream, _) = streams(model)["images then texts"]
+    (stream, _) = streams_of(model)["images then texts"]
     try:
         off = [difference.largest for difference in soak.differences(stream)]
     finally:

@@ -57,8 +57,8 @@ def check(
     at_once = 2 if args.side_by_side else 1
     if args.side_by_side and not given(options, "--gpu-memory-util"):
         common += ["--gpu-memory-utilization", "0.4"]  # of a CPU's memory, too
-    # What can replay a step, is asked to, where it is not said what to ask.
-    extended = given(options, "--worker-extension-cls")
+    # By default an engine that can replay is asked to, unless its worker is extended already.
+    extended = given(options, "--worker-ext")
     names = args.modes or [DEFAULT.name, *(mode.name for mode in REPLAYS if not extended)]
     wanted = [mode for mode in MODES if mode.name in names]
     replays = [mode for mode in wanted if mode in REPLAYS]

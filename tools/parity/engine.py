@@ -19,7 +19,7 @@ from PIL import Image
 from ..engines import STAGE, make_engine, vllm_name
 from .compare import Run, compare
 from .levels import with_levels, without_levels
-from .modes import EAGER, FULL, MODES, PIECEWISE, Mode
+from .modes import EAGER, EXTENSION, FULL, MODES, PIECEWISE, Mode
 from .probes import (
     IDLE,
     LONGEST,
@@ -33,7 +33,6 @@ from .probes import (
     media_then_text,
     prefixes,
 )
-from .replay import Replay
 from .report import TEXT_ALONE
 from .samples import Sample, with_images
 from .stepping import (
@@ -64,7 +63,7 @@ def main(job: str, result: str, names: str, options: list[str]) -> None:
         if missing := replay.missing(version, gpu):
             save(files.pop(replay), {"missing": missing}, {})
     if files:
-        options = [*options, "--worker-extension-cls", f"{Replay.__module__}.{Replay.__name__}"]
+        options = [*options, *EXTENSION]
     print(f"{STAGE}starting the engine", flush=True)
     llm = make_engine(options)
     if other := instead(llm, mode):
@@ -162,9 +161,9 @@ def answer_in_replay(llm: Any, spec: Path, files: dict[Mode, Path]) -> None:
             meta, arrays = answer(llm, spec, file, probing=probing)
         (counts,) = llm.collective_rpc("replay_counts")
         meta |= {"seconds": time.monotonic() - began, "warnings": recorded["warnings"]}
-        save(
-            file, {"missing": "; ".join(counts["problems"])} if counts["problems"] else meta, arrays
-        )
+        if counts["problems"]:
+            meta = {"missing": "; ".join(counts["problems"])}
+        save(file, meta, arrays)
 
 
 def apart_in_text(ours: Probing, theirs: Probing) -> float:
@@ -321,7 +320,7 @@ class Probing:
         the first had wrong is in the prefix cache."""
         first, again = self._prefixes()
         if self._too_long(again):
-            return f"a block of the cache is {first.words - 8} tokens"
+            return f"a block of the cache is {self.config.cache_config.block_size} tokens"
         fits = self.captured if can_chunk(self.llm) and 0 < self.captured < first.words else 0
         rows = self.alone.in_stream([media_then_text()[0], first], fits)
         self.alone.flush()

@@ -62,4 +62,5 @@ V2 = Mode(
 REPLAY = Mode("replay", gpu=None)
 REPLAY_DECODE = Mode("replay-decode", gpu=None)
 REPLAYS = [REPLAY, REPLAY_DECODE]
+EXTENSION = ("--worker-extension-cls", f"{__package__}.replay.Replay")
 MODES = [DEFAULT, *REPLAYS, PIECEWISE, FULL, BREAKABLE, BATCH_INVARIANT, V1, V2]

@@ -12,7 +12,7 @@ from PIL import Image
 
 from .compare import compare
 from .samples import drawing
-from .stepping import Joining, RefusedError, Served, budget, chunks, step_through
+from .stepping import Joining, RefusedError, Served, chunks, flush, step_through
 
 IDLE = 10**6
 """Steps: more than any request takes, so that it joins when all have ended."""
@@ -175,12 +175,9 @@ class Alone:
                 self.found[probe] = served
 
     def flush(self) -> None:
-        """A step of as much text as fits, for which no graph was captured: it runs the model's own
-        Python, which ends what the medium before left."""
-        config = self.llm.llm_engine.vllm_config
-        words = min(budget(self.llm), config.model_config.max_model_len - 1)
+        """Ends what the medium before left."""
         with self.in_python():
-            step_through(self.llm, [joining(Probe(words, 0, judged=False), self.prompts)])
+            flush(self.llm, lambda tokens: self.prompts(Probe(tokens, 0))["prompt_token_ids"])
 
     def in_stream(self, stream: list[Probe], tokens: int, cached: bool = False) -> Rows:
         """How far each request of a stream is from the same request alone, with at most so many

@@ -298,12 +298,18 @@ def by_sample(reports: list[Report]) -> Table:
     return grid
 
 
-def by_mode(one: Report) -> Table:
-    heads, rows = rows_by_mode(one)
-    table = columns(*heads)
-    table.columns[0].justify = table.columns[-1].justify = "left"
-    for row in rows:
-        table.add_row(*row, style=STYLES.get(row[-1], "dim"))
+def by_mode(reports: Mapping[str, Report]) -> Table:
+    """A row for each engine, below the name of its vLLM, if it has one."""
+    named = any(reports)
+    heads, _ = rows_by_mode(next(iter(reports.values())))
+    table = columns(*[""] * named, *heads)
+    for at in (0, int(named), -1):
+        table.columns[at].justify = "left"
+    for name, one in reports.items():
+        for at, row in enumerate(rows_by_mode(one)[1]):
+            names = ["" if at else name] * named
+            table.add_row(*names, *row, style=STYLES.get(row[-1], "dim"))
+        table.add_section()
     return table
 
 
@@ -341,7 +347,7 @@ def show(reports: list[Report], console: Console) -> None:
         console.print(by_sample(reports))
     for one in reports:
         if len(one["arms"]) > 2 or any(requests(each) for each in one["arms"]):
-            console.print(by_mode(one))
+            console.print(by_mode({"": one}))
         for each in one["arms"]:
             said = sentences(each)
             for text in said[:SHOWN]:
@@ -397,15 +403,7 @@ def show_together(reports: Mapping[str, Report], console: Console) -> None:
     """Prints reports of several vLLMs on the same samples: one table, and what each comes to."""
     one = next(iter(reports.values()))
     console.print(f"{escape(one['model'])}, {one['dtype']}, against vLLM's eager mode:")
-    heads, _ = rows_by_mode(one)
-    table = columns("", *heads)
-    for column in (table.columns[0], table.columns[1], table.columns[-1]):
-        column.justify = "left"
-    for name, each in reports.items():
-        for number_, row in enumerate(rows_by_mode(each)[1]):
-            table.add_row("" if number_ else name, *row, style=STYLES.get(row[-1], "dim"))
-        table.add_section()
-    console.print(table)
+    console.print(by_mode(reports))
     for name, each in reports.items():
         style = STYLES.get(each["verdict"], "bold yellow")
         console.print(f"{name} ({each['vllm']}): [{style}]{summary(each)}[/]", highlight=False)

@@ -133,31 +133,31 @@ def outcomes(
         tasks = {
             job: progress.add_task(job.name, start=False, stage="waiting", total=1) for job in jobs
         }
-        waiting, running, started = jobs[::-1], dict[Job, str](), dict[Job, float]()
-        places = dict[int, Job]()
-        while waiting or running:
-            for place, cores in enumerate(shared_cores(at_once)):
+        waiting, places, shares = jobs[::-1], dict[int, Job](), shared_cores(at_once)
+        stages, started = dict[Job, str](), dict[Job, float]()
+        while waiting or places:
+            for place, cores in enumerate(shares):
                 if place not in places and waiting:
                     job = places[place] = waiting.pop()
                     if at_once > 1:
                         job.env |= bound(cores)
-                    running[job], started[job] = "", time.monotonic()
+                    stages[job], started[job] = "", time.monotonic()
                     job.start(spec)
                     progress.start_task(tasks[job])
             time.sleep(0.2)
             for place, job in list(places.items()):
                 stage, outcome = poll(job)
-                if stage != running[job] and not live:
-                    seconds = f"[{time.monotonic() - began:4.0f} s]"
-                    console.print(seconds, f"{job.name}: {stage}", highlight=False, markup=False)
-                running[job] = stage
+                if stage != stages[job] and not live:
+                    text = f"{job.name}: {stage} ({time.monotonic() - began:.0f} s)"
+                    console.print(text, highlight=False)
+                stages[job] = stage
                 progress.update(tasks[job], stage=stage, completed=int(outcome is not None))
                 if isinstance(outcome, Result):
                     replayed = sum(each.seconds for each in outcome.replays.values())
                     outcome.seconds = time.monotonic() - started[job] - replayed
                 if outcome is not None:
                     found[job] = outcome
-                    del running[job], places[place]
+                    del places[place]
             for job in needed:
                 if isinstance(first := found.get(job), EngineError):
                     raise first

@@ -72,6 +72,14 @@ def budget(llm: Any) -> int:
     return llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
 
 
+def flush(llm: Any, text: Callable[[int], list[int]]) -> None:
+    """A step of as much text as fits, `text(tokens)`. No graph is captured for it: the model's own
+    Python runs, and ends what an earlier step has staged."""
+    tokens = min(budget(llm), llm.llm_engine.vllm_config.model_config.max_model_len - 1)
+    prompt = {"prompt_token_ids": text(tokens)}
+    step_through(llm, [Joining(lambda: prompt, 1, 0, judged=False)])
+
+
 def step_through(llm: Any, requests: list[Joining]) -> list[Served | RefusedError]:
     """What each request got, or why it was refused."""
     engine = llm.llm_engine

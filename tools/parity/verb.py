@@ -94,16 +94,15 @@ def add(verbs: Any) -> None:
 
 
 def execute(args: argparse.Namespace) -> int:
+    asked = set(args.modes or ())
     for option in args.options:
         # vLLM takes `_` for `-`, and the beginning of a name for the name.
         name = option.split("=")[0].replace("_", "-")
         if name.startswith("--") and any(own.startswith(name) for own in OWN):
             args.parser.error(f"{option}: the check sets this itself")
-        if REPLAYED & set(args.modes or ()) and name.startswith("--worker-ext"):
+        if REPLAYED & asked and name.startswith("--worker-ext"):
             args.parser.error(f"{option}: --modes replay and replay-decode set this themselves")
-        if GRAPHS & set(args.modes or ()) and re.match(
-            r"(-O|-cc|--compilation[-_]config)\b", option
-        ):
+        if GRAPHS & asked and re.match(r"(-O|-cc|--compilation[-_]config)\b", option):
             args.parser.error(f"{option}: --modes piecewise and full set this themselves")
     try:
         from .check import execute
