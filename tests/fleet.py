@@ -20,7 +20,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,7 @@ DTYPE = "bfloat16"
 NANO = "geo3k_nano"
 MEMORY = 0.85  # of the GPU's, for all engines together
 TINY = 0.04
+CHECKPOINT = "CHECKPOINT"  # in an option: the folder of the model's checkpoint
 AHEAD = max(2, len(os.sched_getaffinity(0)) * 5 // 8)  # engines: each has a core busy to start
 
 
@@ -65,8 +65,6 @@ class Case:
         releases, reason = MODELS.get(self.model, ("", ""))
         if releases and not SpecifierSet(releases).contains(version()):
             return f"vLLM {version()}: {reason}"
-        if self.model == "qwen4_exp" and find_spec("cutlass") is None:
-            return "vLLM compiles Qwen4-Exp's kernels with nvidia-cutlass-dsl: it is not installed"
         return self.mode.missing(version(), gpu=True)
 
     def __str__(self) -> str:
@@ -76,7 +74,6 @@ class Case:
 # Models that not all releases have, and why.
 MODELS = {
     "moss_audio": (">=0.24", "MOSS-Audio came with 0.24.0"),
-    "qwen4_exp": (">=0.29", "Qwen4-Exp came with 0.29.0"),
     "cohere_compass": (">=0.30", "Cohere Compass came with 0.30.0"),
     "granite4_vision": (
         ">=0.31",
@@ -181,6 +178,7 @@ class Fleet:
         cache = 2**30 if share(case.model) == TINY else 2**32
         options += [*case.common, "--gpu-memory-utilization", str(share(case.model))]
         options += ["--kv-cache-memory-bytes", str(cache)]
+        options = [option.replace(CHECKPOINT, str(model)) for option in options]
         folder = self.folder / f"{case}-{len(list(self.folder.iterdir()))}"
         folder.mkdir()
         env: dict[str, Any] = {

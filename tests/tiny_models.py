@@ -62,6 +62,40 @@ class MossAudioConfig(PreTrainedConfig):
     def get_text_config(self, *args, **kwargs):
         return self.language_config
 """
+# Released checkpoints bring the two modules, too.
+ERNIE_CONFIG = """
+from transformers import PreTrainedConfig
+
+
+class ErnieConfig(PreTrainedConfig):
+    model_type = "ernie4_5_moe_vl"
+
+    def __init__(self, vision_config=None, **kwargs):
+        super().__init__(**kwargs)
+        self.vision_config = PreTrainedConfig(**(vision_config or {}))
+"""
+ERNIE_PROCESSOR = """
+from transformers import BatchFeature, ProcessorMixin, Qwen2VLImageProcessor
+
+
+class ErnieProcessor(ProcessorMixin):
+    spatial_conv_size = temporal_conv_size = 2
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer)
+        size = {"min_pixels": 4 * 28**2, "max_pixels": 64 * 28**2}
+        patches = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 1}
+        raw = {"do_rescale": False, "do_normalize": False}  # vLLM does both
+        self.image_processor = Qwen2VLImageProcessor(**size, **patches, **raw)
+        self.image_processor.size |= size
+
+    def __call__(self, text=None, images=None, videos=None, **kwargs):
+        given = {"images": None}
+        if images:
+            found = self.image_processor(images=images, return_tensors="pt")
+            given = {"images": found["pixel_values"], "grid_thw": found["image_grid_thw"]}
+        return BatchFeature({"input_ids": self.tokenizer(text)["input_ids"], **given}, "pt")
+"""
 CORPUS = [
     "what is the length of x in the triangle",
     "which angle of the shape is the largest",
@@ -142,6 +176,71 @@ def qwen3_vl(out: Path, seed: int = 0, decoder: Any = text_config) -> Path:
         **token_ids(tokenizer, **QWEN_TOKENS),
     )
     return write_qwen(transformers.Qwen3VLForConditionalGeneration(config), tokenizer, out, seed)
+
+
+def qwen3_vl_assisted(out: Path, seed: int = 0) -> Path:
+    """Qwen3-VL, and in folders of its own what serves beside it: LoRA adapters of the decoder and
+    of the tower, a draft model and an EAGLE3 head."""
+    qwen3_vl(out, seed)
+    tensors = load_file(out / "model.safetensors")
+    generator = torch.Generator().manual_seed(seed + 1)
+    write_adapter(tensors, "model.language_model.layers.", out / "decoder_adapter", generator)
+    write_adapter(tensors, "model.visual.", out / "tower_adapter", generator)
+    text = text_config(make_tokenizer())
+    text.pop("rope_scaling")
+    # The target's own decoder: of text, all that it drafts is right; of images, not all.
+    draft = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**text)).float()
+    decoder = {
+        name.replace("model.language_model.", "model."): tensor
+        for name, tensor in tensors.items()
+        if not name.startswith("model.visual.")
+    }
+    draft.load_state_dict(decoder)
+    draft.save_pretrained(out / "draft")
+    write_eagle3(text, out / "eagle3", generator)
+    return out
+
+
+def write_eagle3(text: dict[str, Any], out: Path, generator: torch.Generator) -> None:
+    """A head of one layer, drawn at random: hardly any of its drafts is right. It reads what the
+    layers that add a level give."""
+    config = transformers.LlamaConfig(
+        **text | {"num_hidden_layers": 1},
+        architectures=["Eagle3Qwen3vlForCausalLM"],
+        draft_vocab_size=text["vocab_size"],
+        eagle_aux_hidden_state_layer_ids=list(range(1, LEVELS + 1)),
+    )
+    config.save_pretrained(out)
+    layer = transformers.LlamaForCausalLM(config).model.layers[0].float()
+    for name in "qkv":  # of a token's embedding beside what the target made of it
+        projection = getattr(layer.self_attn, f"{name}_proj")
+        projection.weight.data = torch.empty(projection.out_features, 2 * HIDDEN)
+    draw_weights(layer, generator.initial_seed())
+    tensors = {f"midlayer.{name}": tensor for name, tensor in layer.state_dict().items()}
+    for name, rows in (("fc", HIDDEN), ("lm_head", text["vocab_size"])):
+        columns = LEVELS * HIDDEN if name == "fc" else HIDDEN
+        tensors[f"{name}.weight"] = 0.08 * torch.randn(rows, columns, generator=generator)
+    for name in ("midlayer.hidden_norm", "norm"):
+        tensors[f"{name}.weight"] = torch.ones(HIDDEN)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_adapter(
+    tensors: dict[str, torch.Tensor], prefix: str, out: Path, generator: torch.Generator
+) -> None:
+    """An adapter, as PEFT writes it, of all linear layers whose names begin with `prefix`."""
+    drawn: dict[str, torch.Tensor] = {}
+    layers: set[str] = set()
+    for name, weight in tensors.items():
+        if name.startswith(prefix) and weight.dim() == 2 and "pos_embed" not in name:
+            layers.add(name.split(".")[-2])
+            module = "base_model.model." + name.removesuffix("weight")
+            for end, shape in (("A", (8, weight.shape[1])), ("B", (weight.shape[0], 8))):
+                drawn[f"{module}lora_{end}.weight"] = 0.1 * torch.randn(shape, generator=generator)
+    out.mkdir()
+    save_file(drawn, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": sorted(layers)}
+    (out / "adapter_config.json").write_text(json.dumps(config))
 
 
 def write_qwen(
@@ -396,24 +495,48 @@ def moss_audio(out: Path, seed: int = 0) -> Path:
     return out
 
 
-def qwen4_exp(out: Path, seed: int = 0) -> Path:
-    """A configuration, a tokenizer and a processor, as `moss_audio`: four of its layers, three
-    of them of linear attention, without n-gram tables. Transformers' class has no levels."""
+def ernie4_5_vl(out: Path, seed: int = 0) -> Path:
+    """As `moss_audio`, with a processor. Experts of text and of vision, and tokens go to all."""
+    out.mkdir(parents=True)
+    marks = ["<|IMAGE_START|>", "<|image@placeholder|>", "<|IMAGE_END|>"]
+    marks += ["<|IMAGE_PLACEHOLDER|>", "<|VIDEO_START|>", "<|video@placeholder|>", "<|VIDEO_END|>"]
     tokenizer = make_tokenizer()
-    text = text_config(tokenizer)
-    rope = text.pop("rope_scaling") | {"rope_theta": text.pop("rope_theta")}
-    config = transformers.Qwen4ExpConfig(
-        text_config=text
-        | {"head_dim": 64, "num_experts": 4, "num_experts_per_tok": 4, "hc_lowrank": 64}
-        | {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
-        | {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "output_gate_type": "silu"}
-        | {"rope_parameters": rope | {"mrope_section": [16, 8, 8]}},
-        vision_config=vision_config(),
-        **token_ids(tokenizer, **QWEN_TOKENS),
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    tokenizer.save_pretrained(out)
+    vision = {"depth": 2, "hidden_size": HIDDEN, "embed_dim": HIDDEN, "num_heads": 4}
+    vision |= {"mlp_ratio": 2, "in_channels": 3, "patch_size": 14, "spatial_merge_size": 2}
+    experts: dict[str, Any] = {"moe_num_experts": [4, 4], "moe_k": 4, "moe_num_shared_experts": 1}
+    experts |= {"moe_intermediate_size": [64, 32], "moe_layer_interval": 1}
+    experts |= {"moe_layer_start_index": [1, 1], "moe_layer_end_index": [3, 3]}
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 2 * HIDDEN, "num_hidden_layers": 4}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pixel_hidden_size": HIDDEN}
+    auto = {"AutoConfig": "ernie.ErnieConfig", "AutoProcessor": "ernie_processor.ErnieProcessor"}
+    config = {
+        "model_type": "ernie4_5_moe_vl",
+        "architectures": ["Ernie4_5_VLMoeForConditionalGeneration"],
+        "auto_map": auto,
+        "vision_config": vision,
+        "vocab_size": -(-len(tokenizer) // 64) * 64,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        "rope_theta": 500000.0,
+        "freq_allocation": 8,
+        "spatial_conv_size": 2,
+        "temporal_conv_size": 2,
+        "use_temporal_conv": True,
+        "im_patch_id": tokenizer.convert_tokens_to_ids(marks[3]),
+        "image_start_token_id": tokenizer.convert_tokens_to_ids(marks[0]),
+        "image_end_token_id": tokenizer.convert_tokens_to_ids(marks[2]),
+    }
+    (out / "config.json").write_text(json.dumps(config | sizes | experts))
+    (out / "processor_config.json").write_text(
+        json.dumps({"processor_class": "ErnieProcessor", "auto_map": auto})
     )
-    config.architectures = ["Qwen4ExpForConditionalGeneration"]
-    config.save_pretrained(out)
-    write_qwen_processor(tokenizer, out)
+    (out / "ernie.py").write_text(ERNIE_CONFIG)
+    (out / "ernie_processor.py").write_text(ERNIE_PROCESSOR)
     return out
 
 
@@ -427,11 +550,12 @@ def qwen3_vl_8b(out: Path, seed: int = 0) -> Path:
 
 MODELS = {"qwen3_vl": qwen3_vl, "qwen3_omni": qwen3_omni}
 OTHERS = {
+    "qwen3_vl_assisted": qwen3_vl_assisted,
     "qwen3_vl_moe": qwen3_vl_moe,
     "cohere_compass": cohere_compass,
     "granite4_vision": granite4_vision,
     "moss_audio": moss_audio,
-    "qwen4_exp": qwen4_exp,
+    "ernie4_5_vl": ernie4_5_vl,
     "qwen3_vl_2b": qwen3_vl_2b,  # of 1.2 GB
     "qwen3_vl_8b": qwen3_vl_8b,  # of 4.8 GB
 }

@@ -25,8 +25,6 @@ CLASSES = {
     "qwen3_vl_moe": (f"{MODELS}.qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration"),
     OMNI: (f"{MODELS}.{OMNI}", "Qwen3OmniMoeThinkerForConditionalGeneration"),
     "cohere_compass": (f"{MODELS}.cohere_compass", "CohereCompassForConditionalGeneration"),
-    # AMD's class has the same methods; some releases cannot import both in one process.
-    "qwen4_exp": ("vllm.models.qwen4_exp.nvidia.model", "Qwen4ExpForConditionalGeneration"),
     "granite4_vision": (
         f"{MODELS}.granite4_vision",
         "Granite4VisionForConditionalGeneration",

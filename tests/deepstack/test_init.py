@@ -114,6 +114,20 @@ def test_without_a_tower_and_sent_embeddings(name, engine_config):
 
 
 @bites("stock", "pr43617", "newest")
+def test_compiled_decoders_are_shared_with_none_that_differs(name, engine_config):
+    """D20: by the key under which vLLM keeps them."""
+    limits = [{}, NO_TOWER, NO_TOWER | {"enable_mm_embeds": True}]
+    keys = []
+    for options in limits:
+        config = engine_config(name, **options)
+        released = config.compute_hash()
+        initialize(config)
+        assert config.compute_hash() != released
+        keys.append(config.compute_hash())
+    assert len(set(keys)) == len(limits)
+
+
+@bites("stock", "pr43617", "newest")
 def test_omni_refuses_a_first_stage_of_too_few_layers(engine_config, monkeypatch):
     """D13: its decoder has four, and DeepStack adds to the first three."""
     from vllm.distributed import get_pp_group

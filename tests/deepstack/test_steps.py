@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from importlib import import_module
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -168,23 +169,65 @@ def test_micro_batches_read_their_own_rows(name, monkeypatch, first, second):
         assert read(model, first + second).eq(0).all()
 
 
-@everywhere
-def test_ernies_mask_of_visual_tokens_ends_with_its_step():
-    """Where a full CUDA graph replays, `forward`'s Python does not take it back."""
-    module = import_module("vllm.model_executor.models.ernie45_vl")
+def ernie(monkeypatch, attn_metadata) -> tuple[Any, list[Any]]:
+    """Ernie 4.5-VL, and which tokens its decoder is told are visual, in each step."""
+    experts = import_module("vllm.model_executor.models.ernie45_vl_moe")
+    context = SimpleNamespace(attn_metadata=attn_metadata)
+    monkeypatch.setattr(experts, "get_forward_context", lambda: context, raising=False)
+    module, told = import_module("vllm.model_executor.models.ernie45_vl"), list[Any]()
+
+    def decoder(visual_token_mask=None, **inputs):
+        told.append(None if visual_token_mask is None else visual_token_mask.flatten().tolist())
+
     embedding = torch.nn.Embedding(16, HIDDEN)
     model = bare(
         module.Ernie4_5_VLMoeForConditionalGeneration,
         get_language_model=lambda: SimpleNamespace(embed_input_ids=embedding),
+        language_model=SimpleNamespace(model=decoder),
         visual_token_mask=None,
         _visual_token_ids_tensor_cache=torch.tensor([IMAGE]),
     )
+    return model, told
+
+
+@everywhere
+def test_ernies_mask_of_visual_tokens_is_its_steps_own(monkeypatch):
+    """D2: where a full CUDA graph replays, `forward`'s Python does not take it back. D17: a later
+    pipeline stage embeds nothing."""
+    model, told = ernie(monkeypatch, attn_metadata={})
     ids = torch.tensor([TEXT, IMAGE])
     mask = ids == IMAGE
-    model.embed_input_ids(ids, [torch.ones(1, HIDDEN)], is_multimodal=mask)
-    assert model.visual_token_mask.flatten().tolist() == [False, True]
+    embeds = model.embed_input_ids(ids, [torch.ones(1, HIDDEN)], is_multimodal=mask)
+    # Replayed. Then Python: a text, of as many tokens and of fewer, and a later stage.
     model.embed_input_ids(ids[:1], [], is_multimodal=mask[:1])
-    assert model.visual_token_mask is None
+    model.forward(torch.tensor([TEXT, TEXT]), None, inputs_embeds=embeds)
+    model.forward(ids[:1], None, inputs_embeds=embeds[:1])
+    model.forward(ids, None, inputs_embeds=None)
+    model.forward(None, None, inputs_embeds=embeds)  # `prompt_embeds`, in an engine of text alone
+    assert told == [None, None, [False, True], None]
+
+
+@everywhere
+def test_ernies_graphs_have_both_kinds_of_experts(monkeypatch):
+    """D17: what is recorded while nothing is visual is replayed where something is."""
+    model, told = ernie(monkeypatch, attn_metadata=None)  # as a dummy run
+    ids = torch.tensor([TEXT, TEXT])
+    model.forward(ids, None, inputs_embeds=torch.ones(2, HIDDEN))
+    assert told == [[False, False]]
+    experts = import_module("vllm.model_executor.models.ernie45_vl_moe")
+    layer = bare(
+        experts.Ernie4_5_VLMoeMoE,
+        hidden_size=HIDDEN,
+        text_experts_gate=lambda states: (states, None),
+        vision_experts_gate=lambda states: (states, None),
+        text_experts=lambda hidden_states, router_logits: 2 * hidden_states,
+        vision_experts=lambda hidden_states, router_logits: 3 * hidden_states,
+    )
+    mask, states = torch.tensor([[False], [False]]), torch.ones(2, HIDDEN)
+    record = torch.fx.experimental.proxy_tensor.make_fx
+    chosen = record(lambda states, mask: layer.forward(states, mask))(states, mask)
+    mask = torch.tensor([[False], [True]])
+    assert chosen(states, mask).tolist() == [[2.0] * HIDDEN, [3.0] * HIDDEN]
 
 
 def sequence_lengths_of_omnis_vision_encoder(backend: str) -> torch.Tensor:

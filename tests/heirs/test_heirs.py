@@ -48,7 +48,6 @@ HEIRS = {
     "Qwen3VLNemotronEmbedModel": "",
     "Qwen3_5ForConditionalGeneration": "",
     "Qwen3_5MoeForConditionalGeneration": "",
-    "Qwen4ExpForConditionalGeneration": ">=0.30",
 }
 # What cannot be tried: heirs, and what the overlay changes and no heir in the registry has.
 UNTRIED = {
@@ -56,8 +55,6 @@ UNTRIED = {
     "InternS1ProForConditionalGeneration": "==0.32.0",
     # A part of a model (D8), in tests/deepstack.
     "vllm.model_executor.models.qwen3_omni_moe_thinker.Qwen3Omni_VisionTransformer": "<0.24",
-    # Registered on ROCm. It does not import beside NVIDIA's class in 0.30 to 0.32.
-    "vllm.models.qwen4_exp.amd.model.Qwen4ExpForConditionalGeneration": ">=0.30",
 }
 # Differences: the trial, as released, with the fork. Why, and the kind of encoder with which the
 # fork does the same, if there is such.

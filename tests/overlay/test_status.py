@@ -44,7 +44,7 @@ PRESENT = {
 }
 QWEN = ("Qwen3-VL", "Qwen3-VL-MoE", "Qwen3-Omni")
 OF_QWEN = {"D1": ("0.20.0", "0.22.1"), "D2": ("0.23.0", "0.33.0"), "D3": ("0.23.0", "0.27.1")}
-SINCE = {"MOSS-Audio": "0.24.0", "Qwen4-Exp": "0.29.0", "Cohere Compass": "0.30.0"}
+SINCE = {"MOSS-Audio": "0.24.0", "Cohere Compass": "0.30.0"}
 
 
 SCHEMA = json.loads((releases.ROOT / "docs/schemas/status.json").read_text())
@@ -132,7 +132,7 @@ def test_states_in_words(release_sources, capsys):
     about = dict(re.findall(r"^  (D\d+) .*\n((?:     .*\n)+)", text, re.MULTILINE))
     assert "  present: MOSS-Audio\n" in about["D1"]
     assert "  fixed upstream: Qwen3-VL, Qwen3-VL-MoE, Qwen3-Omni\n" in about["D1"]
-    assert "  present: Qwen3-VL, Qwen3-VL-MoE, Qwen3-Omni, Cohere Compass, Qwen4" in about["D2"]
+    assert "  present: Qwen3-VL, Qwen3-VL-MoE, Qwen3-Omni, Cohere Compass, Granite" in about["D2"]
     assert "  latent: Qwen3-VL, " in about["D5"]
     assert f"or: vllm-deepstack apply {root}" in text
     Tree(root).apply()

@@ -8,12 +8,14 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import uuid
+import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from tools.engines import engine_job, make_engine, stopping
 from tools.parity.compare import Run
@@ -102,6 +104,10 @@ class Engine:
         """What a function (of a module, so that it can be pickled) gives for the model."""
         return self._ask(partial(apply, function=function))
 
+    def llm(self, function: Callable[[Any], Any]) -> Any:
+        """What a function (of a module, so that it can be pickled) gives for the `LLM`."""
+        return self._ask(function)
+
     def sleep_and_wake(self) -> None:
         """`sleep(level=2)`, which discards the weights, and `wake_up()`."""
         self._ask(sleep_and_wake)
@@ -168,9 +174,22 @@ def served(llm: Any, stream: list[Request]) -> list[Run | ValueError]:
         made = request.prompt(tokenizer, engine.vllm_config.model_config.get_hidden_size())
         return engine.renderer._process_tokens(made) if "_prompt_embeds" in made else made
 
+    add = engine.add_request
+
+    def add_with_adapter(number: str, *prompt: Any) -> None:
+        path = stream[int(number)].adapter
+        add(number, *prompt, lora_request=lora(path) if path else None)
+
     joining = [Joining(partial(prompt, r), r.max_tokens, r.joins_after) for r in stream]
-    found = step_through(llm, joining)
+    with patch.object(engine, "add_request", add_with_adapter):
+        found = step_through(llm, joining)
     return [each if isinstance(each, RefusedError) else each.run for each in found]  # type: ignore[misc]
+
+
+def lora(path: str) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(path, 1 + zlib.crc32(path.encode()) % 10_000, path)
 
 
 if __name__ == "__main__":

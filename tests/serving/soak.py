@@ -147,6 +147,7 @@ MODALITIES = {
     "cohere_compass": ("image",),
     "granite4_vision": ("image",),
     "moss_audio": ("audio",),
+    "ernie4_5_moe_vl": ("image",),
 }
 
 

@@ -99,9 +99,14 @@ class Embeds:
         return 0.1 * torch.randn(self.tokens, hidden_size, generator=generator)
 
 
+ERNIE = ("<|IMAGE_START|>", "<|image@placeholder|>", "<|IMAGE_END|>")
+
+
 def marks(tokenizer: Any, modality: str) -> list[int]:
-    """Tokens of a modality, which Cohere Compass spells in capitals."""
+    """Tokens of a modality, which Cohere Compass spells in capitals, and Ernie otherwise."""
     known = tokenizer.get_vocab()
+    if ERNIE[1] in known and modality == "image":
+        return tokenizer.convert_tokens_to_ids(list(ERNIE))
     names = [mark if mark in known else mark.upper() for mark in MARKS[modality]]
     return tokenizer.convert_tokens_to_ids(names)
 
@@ -117,6 +122,8 @@ class Request:
     """Engine steps between the request before and this one."""
     bare: bool = False
     """Whether media have neither start nor end marks."""
+    adapter: str = ""
+    """The folder of a LoRA adapter."""
 
     def prompt(self, tokenizer: Any, hidden_size: int = 0) -> dict[str, Any]:
         """As vLLM takes it: token ids with placeholders, and what they stand for."""

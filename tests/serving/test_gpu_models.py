@@ -12,7 +12,7 @@ from tests.fleet import DTYPE, Case, Mode
 from tools.parity.compare import TOLERANCE
 
 from .modes import BREAKABLE, DEFAULT
-from .streams import Audio, Picture, Request, Text
+from .streams import EMBEDS_TOKEN, Audio, Embeds, Picture, Request, Text
 from .test_gpu_engines import IMAGE, IMAGES, TEXT
 from .test_gpu_leaks import check, images_then_texts
 from .weights import draw_weights
@@ -21,7 +21,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600, func_only=True)]
 
 DUMMY = ("--load-format", "dummy", "--trust-remote-code")
 # The others' kernels are compiled when they are first used, for minutes.
-GDN = ("--gdn-prefill-backend", "triton")
 
 
 def on(mode: Mode, *marks: pytest.MarkDecorator):
@@ -55,7 +54,10 @@ class Heard(Request):
     def prompt(self, tokenizer: Any, hidden_size: int = 0) -> dict[str, Any]:
         ids: list[int] = []
         for part in self.parts:
-            ids += part.ids() if isinstance(part, Text) else [151669, 151654, 151670]
+            if isinstance(part, Embeds):
+                ids.append(EMBEDS_TOKEN)
+            else:
+                ids += part.ids() if isinstance(part, Text) else [151669, 151654, 151670]
         given = super().prompt(tokenizer, hidden_size)
         return given | {"prompt_token_ids": ids}
 
@@ -97,12 +99,3 @@ def test_moss_audio(case, fleet, figures):
     stream = heard(images_then_texts())
     draw(fleet, case, stream[0])
     check(fleet, case, stream, figures, "audio then texts")
-
-
-@pytest.mark.bites("newest")
-@pytest.mark.parametrize("case", [Case("qwen4_exp", DEFAULT, (*DUMMY, *GDN))], ids=str)
-def test_qwen4_exp(case, fleet, figures):
-    """D2: vLLM switches breakable graphs on for it, whatever it is told."""
-    stream = images_then_texts()
-    draw(fleet, case, stream[0])
-    check(fleet, case, stream, figures, "images then texts")

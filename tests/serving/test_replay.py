@@ -71,7 +71,7 @@ def lacking(model: str) -> str:
     releases, reason = SINCE.get(model, ("", ""))
     if releases and not SpecifierSet(releases).contains(version()):
         return f"vLLM {version()}: {reason}"
-    if model == "qwen3_vl_moe" and dense():
+    if model in ("qwen3_vl_moe", "ernie4_5_vl") and dense():
         return f"{model}: vLLM {version()} needs AVX-512 for experts"
     return ""
 

@@ -18,7 +18,6 @@ from ..lint.classes import own_attribute
 
 MODELS = "vllm/model_executor/models"
 RUNNER = "vllm/v1/worker/gpu_model_runner.py"
-QWEN4_EXP = "vllm/models/qwen4_exp"
 GET, SET = "_get_deepstack_input_embeds", "_set_deepstack_input_embeds"
 EMBED, FORWARD, INIT = "embed_input_ids", "forward", "__init__"
 
@@ -46,8 +45,6 @@ KINDS = {
         f"{MODELS}/qwen3_omni_moe_thinker.py", "Qwen3OmniMoeThinkerForConditionalGeneration"
     ),
     "Cohere Compass": Kind(f"{MODELS}/cohere_compass.py", "CohereCompassForConditionalGeneration"),
-    "Qwen4-Exp": Kind(f"{QWEN4_EXP}/nvidia/model.py", "Qwen4ExpForConditionalGeneration"),
-    "Qwen4-Exp (AMD)": Kind(f"{QWEN4_EXP}/amd/model.py", "Qwen4ExpForConditionalGeneration"),
     "Granite 4 Vision": Kind(
         f"{MODELS}/granite4_vision.py",
         "Granite4VisionForConditionalGeneration",
@@ -459,7 +456,6 @@ def rule(present: Callable[[Model], bool], **released: str) -> Rule:
         "moe": ("Qwen3-VL-MoE",),
         "omni": ("Qwen3-Omni",),
         "compass": ("Cohere Compass",),
-        "qwen4": ("Qwen4-Exp", "Qwen4-Exp (AMD)"),
         "granite": ("Granite 4 Vision",),
         "moss": ("MOSS-Audio",),
         "ernie": ("Ernie 4.5-VL",),
@@ -475,8 +471,7 @@ def rule(present: Callable[[Model], bool], **released: str) -> Rule:
 
 
 ALWAYS = ">0"
-COPIES = {"compass": ALWAYS, "qwen4": ALWAYS}
-SHARED = {"vl": ALWAYS, "omni": ALWAYS, **COPIES}
+SHARED = {"vl": ALWAYS, "omni": ALWAYS, "compass": ALWAYS}
 DEFECTS = {
     "D1": Defect(
         "compiled: images lose their DeepStack features",
@@ -485,7 +480,7 @@ DEFECTS = {
     "D2": Defect(
         "features outlive their step, into other requests",
         (
-            rule(outlives, vl=">=0.23", omni=">=0.23", **COPIES, granite=ALWAYS),
+            rule(outlives, vl=">=0.23", omni=">=0.23", compass=ALWAYS, granite=ALWAYS),
             rule(mask_outlives, ernie=ALWAYS),
         ),
     ),
@@ -495,7 +490,7 @@ DEFECTS = {
     ),
     "D4": Defect(
         "a step longer than the buffers loses its own",
-        (rule(growing_drops, vl=">=0.23", omni=">=0.23", **COPIES),),
+        (rule(growing_drops, vl=">=0.23", omni=">=0.23", compass=ALWAYS),),
         latent=True,
     ),
     "D5": Defect(
@@ -516,7 +511,7 @@ DEFECTS = {
     "D9": Defect(
         "dual-batch overlap: both halves read alike",
         # The others are dense, and overlap is for expert parallelism.
-        (rule(same_rows, moe=ALWAYS, omni=ALWAYS, qwen4=ALWAYS),),
+        (rule(same_rows, moe=ALWAYS, omni=ALWAYS),),
     ),
     "D10": Defect(
         "a padded step ends the engine", (rule(refuses_padding, vl="<0.20.2", omni="<0.20.2"),)
@@ -530,7 +525,7 @@ DEFECTS = {
     ),
     "D14": Defect(
         "prompt_embeds beside images end the engine",
-        (rule(splits_all, vl=">=0.21", **COPIES),),
+        (rule(splits_all, vl=">=0.21", compass=ALWAYS),),
     ),
     "D15": Defect(
         "embeddings instead of images lose their levels", (rule(ignores_embeddings, **SHARED),)

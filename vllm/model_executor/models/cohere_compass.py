@@ -21,3 +21,20 @@ class CohereCompassForConditionalGeneration(DeepStackMixin):
     ):
         self._clear_deepstack_input_embeds(self.deepstack_input_embeds_num_tokens)
         ...
+
+    def recompute_mrope_positions(
+        self, input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens
+    ):
+        found = self._recompute_media_positions(
+            input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens
+        )
+        if found is not None:
+            return found
+        ...
+
+    def get_encoder_cudagraph_config(self):
+        ...
+        modalities = [] if self.is_multimodal_pruning_enabled else ["image"]
+        if self.multimodal_config.enable_mm_embeds:
+            modalities = []  # D18: an encoder's graph takes pixels alone
+        ...

@@ -74,9 +74,16 @@ class DeepStackMixin(torch.nn.Module):
 
     @use_deepstack.setter
     def use_deepstack(self, value: bool) -> None:
+        """Each `__init__` sets it. What makes decoders differ goes into the key of compiled
+        ones: up to 0.32, vLLM's lacks the limits, and the release's own may fit (D20)."""
         self._use_deepstack = value
-        ec = getattr(get_current_vllm_config_or_none(), "ec_transfer_config", None)
+        config = get_current_vllm_config_or_none()
+        ec = getattr(config, "ec_transfer_config", None)
         self._is_ec_consumer = ec is not None and ec.is_ec_consumer
+        mm = getattr(getattr(config, "model_config", None), "multimodal_config", None)
+        if mm is not None and isinstance(config.additional_config, dict):
+            key = repr((mm.limit_per_prompt, mm.enable_mm_embeds))
+            config.additional_config["deepstack"] = key
 
     def _get_deepstack_input_embeds(self, num_tokens: int):
         """Views `[num_tokens, hidden_size]`, by level; `None` without buffers."""
@@ -126,6 +133,17 @@ class DeepStackMixin(torch.nn.Module):
                 buffer[: min(num_tokens, staged)].zero_()
         if num_tokens >= staged:
             self.deepstack_input_embeds_num_tokens = 0
+
+    def _recompute_media_positions(self, input_ids, embeddings, *args):
+        """`recompute_mrope_positions` of a step that has `prompt_embeds`, else `None`. They
+        are text: no positions are beside them, to be taken off (D18)."""
+        size = self.config.text_config.hidden_size
+        media = [e for e in embeddings if e.size(1) != size]
+        if len(media) == len(embeddings):
+            return None
+        found, *others = self.recompute_mrope_positions(input_ids, media, *args)
+        found = iter(found)
+        return [e if e.size(1) == size else next(found) for e in embeddings], *others
 
     def _compute_deepstack_embeds(
         self,

@@ -11,10 +11,22 @@ class MossAudioModel(DeepStackMixin):
 
     def __init__(self, *, vllm_config, prefix=""):
         ...
+        self.use_deepstack = deepstack_k > 0  # the key of compiled decoders (D20)
         if not isinstance(self.audio_encoder, StageMissingLayer):
             rows = vllm_config.scheduler_config.max_num_batched_tokens
             size = rows, language_config.hidden_size
             self._deepstack_buffers = [torch.zeros(size) for _ in range(deepstack_k)]
+
+    def _split_multimodal_embeddings(self, multimodal_embeddings, hidden_size):
+        ...
+        packed_hidden_size = hidden_size * (deepstack_count + 1)
+        # D18: `prompt_embeds` have no levels.
+        missing = {hidden_size: packed_hidden_size - hidden_size}
+        embeddings = [
+            torch.nn.functional.pad(e, (0, missing.get(e.shape[-1], 0)))
+            for e in embeddings
+        ]
+        ...
 
     def _cache_deepstack_input_embeds(
         self, inputs_embeds, deepstack_embeddings, is_multimodal
