@@ -495,7 +495,7 @@ def moss_audio(out: Path, seed: int = 0) -> Path:
     return out
 
 
-def ernie4_5_vl(out: Path, seed: int = 0) -> Path:
+def ernie4_5_vl(out: Path, seed: int = 0, **widths: Any) -> Path:
     """As `moss_audio`, with a processor. Experts of text and of vision, and tokens go to all."""
     out.mkdir(parents=True)
     marks = ["<|IMAGE_START|>", "<|image@placeholder|>", "<|IMAGE_END|>"]
@@ -520,7 +520,7 @@ def ernie4_5_vl(out: Path, seed: int = 0) -> Path:
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
         "hidden_act": "silu",
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": False,  # over several stages, vLLM cannot tie them
         "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
         "rope_theta": 500000.0,
         "freq_allocation": 8,
@@ -531,13 +531,22 @@ def ernie4_5_vl(out: Path, seed: int = 0) -> Path:
         "image_start_token_id": tokenizer.convert_tokens_to_ids(marks[0]),
         "image_end_token_id": tokenizer.convert_tokens_to_ids(marks[2]),
     }
-    (out / "config.json").write_text(json.dumps(config | sizes | experts))
+    (out / "config.json").write_text(json.dumps(config | sizes | experts | widths))
     (out / "processor_config.json").write_text(
         json.dumps({"processor_class": "ErnieProcessor", "auto_map": auto})
     )
     (out / "ernie.py").write_text(ERNIE_CONFIG)
     (out / "ernie_processor.py").write_text(ERNIE_PROCESSOR)
     return out
+
+
+def ernie4_5_vl_28b(out: Path, seed: int = 0) -> Path:
+    """The widths of ERNIE-4.5-VL-28B-A3B's decoder, and six of its layers."""
+    experts = {"moe_num_experts": [64, 64], "moe_k": 6, "moe_num_shared_experts": 2}
+    experts |= {"moe_intermediate_size": [1536, 512], "moe_layer_end_index": [5, 5]}
+    heads = {"num_attention_heads": 20, "num_key_value_heads": 4, "freq_allocation": 20}
+    sizes = {"hidden_size": 2560, "intermediate_size": 12288, "num_hidden_layers": 6}
+    return ernie4_5_vl(out, seed, **experts, **heads, **sizes, vocab_size=103424)
 
 
 def qwen3_vl_2b(out: Path, seed: int = 0) -> Path:
@@ -558,6 +567,7 @@ OTHERS = {
     "ernie4_5_vl": ernie4_5_vl,
     "qwen3_vl_2b": qwen3_vl_2b,  # of 1.2 GB
     "qwen3_vl_8b": qwen3_vl_8b,  # of 4.8 GB
+    "ernie4_5_vl_28b": ernie4_5_vl_28b,
 }
 
 

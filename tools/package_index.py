@@ -29,6 +29,7 @@ from packaging.version import Version
 
 from . import ROOT, cli
 from .cli import UserError
+from .overlay.defects import CONFIG, RUNNER
 from .overlay.merge import replaced
 from .overlay.tree import overlay_files
 from .releases import TABLE, Release, known, releases, sha256
@@ -111,7 +112,7 @@ def fetch_sources(release: Release, folder: Path) -> None:
     models = ("qwen2_5_omni_thinker", "qwen3_5", "interns1_pro")
     paths = [*release.sources, "vllm/__init__.py", "vllm/_version.py"]
     paths += [f"vllm/model_executor/models/{name}.py" for name in models]
-    paths += ["vllm/v1/worker/gpu_model_runner.py"]
+    paths += [RUNNER, CONFIG]
     files = {path: folder / path for path in paths}
     if all(file.exists() for file in files.values()):
         return

@@ -1,7 +1,7 @@
 """Write pull requests to vLLM: patches for `git am`, and the texts of their descriptions.
 
-For 0.33.0: several small ones, a private report that goes first, and how to send them. For a
-release before 0.23: a backport, a branch for those who maintain that release.
+For 0.33.0: several small ones, reports, of which one is private and goes first, and how to send
+them. For a release before 0.23: a backport, a branch for those who maintain that release.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tools.cli import UserError
 
 from . import backport
 from .checkout import Checkout, Commit
-from .pulls import HERE, pulls
+from .pulls import HERE, pulls, reports
 
 PR = releases.ROOT / "build" / "pr"
 
@@ -64,11 +64,11 @@ def execute(args: argparse.Namespace) -> int:
 
 
 def write_pulls(release: releases.Release, sources: Path, root: Path, made: Path) -> None:
-    """`SEND.md`, `0-report/`, and of each pull request its patch and its description."""
-    ours = HERE / str(release.version)
+    """`SEND.md`, reports, and of each pull request its patch and its description."""
     made.mkdir()
-    shutil.copy(ours / "SEND.md", made)
-    shutil.copytree(ours / "0-report", made / "0-report")
+    shutil.copy(HERE / str(release.version) / "SEND.md", made)
+    for report in reports(release.version):
+        shutil.copytree(report, made / report.name)
     template = (sources / ".github" / "PULL_REQUEST_TEMPLATE.md").read_text()
     paths = {path for pull in pulls(release.version) for path in pull.overlay}
     there = [path for path in sorted(paths) if (sources / path).is_file()]
@@ -76,7 +76,7 @@ def write_pulls(release: releases.Release, sources: Path, root: Path, made: Path
     for pull in pulls(release.version):
         start = pull.after or "main"
         checkout.branch(pull.name, start)
-        before = {path: (root / path).read_bytes() for path in there}
+        before = {path: (root / path).read_bytes() for path in paths if (root / path).is_file()}
         changes = pull.changes(before, release.version)
         checkout.commit(Commit(pull.title, textwrap.fill(pull.overview, 72), changes))
         checkout.patches(made / pull.name, start)

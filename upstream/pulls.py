@@ -1,6 +1,7 @@
 """Pull requests for a release, each an overlay of its own, with its text.
 
-upstream/0.33.0/1-clear-deepstack/README.md          title, and the template's sections
+upstream/0.33.0/0-report/…                           a report, which has no patch
+                1-clear-deepstack/README.md          title, and the template's sections
                                   vllm/…, tests/…    overlay files, at vLLM's paths
                 7-mixin/…                            builds on 1
 """
@@ -19,7 +20,7 @@ from tools.overlay.merge import added, merge
 
 HERE = Path(__file__).parent
 # Those that are changes of another's files.
-AFTER = {"7-mixin": "1-clear-deepstack"}
+AFTER = {"7-mixin": "1-clear-deepstack", "10-granite-stages": "2-clear-granite"}
 # What a new file of vLLM's begins with, and one of an overlay need not.
 LICENSE = (
     b"# SPDX-License-Identifier: Apache-2.0\n"
@@ -102,6 +103,18 @@ class Pull:
         }
 
 
+def folders(release: Version) -> list[Path]:
+    """Those of a release, in the order in which they are sent."""
+    return sorted(
+        (HERE / str(release)).glob("[0-9]*-*"), key=lambda path: int(path.name.partition("-")[0])
+    )
+
+
 def pulls(release: Version) -> list[Pull]:
-    """Those for a release, in the order in which they are sent."""
-    return [Pull(folder) for folder in sorted((HERE / str(release)).glob("[1-9]-*"))]
+    """A pull request has a test."""
+    return [Pull(folder) for folder in folders(release) if (folder / "tests").exists()]
+
+
+def reports(release: Version) -> list[Path]:
+    """The folders of reports and issues, which have no patch."""
+    return [folder for folder in folders(release) if not (folder / "tests").exists()]

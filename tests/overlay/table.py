@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tools import package_index, releases
 from tools.overlay.defects import DEFECTS
-from tools.overlay.status import Status, status
+from tools.overlay.status import LEFT, Status, status
 from tools.overlay.tree import Tree
 
 Statuses = dict[str, tuple[Status, Status]]
@@ -32,7 +32,7 @@ def statuses(trees: dict[str, Path]) -> Statuses:
 def table(found: Statuses) -> str:
     """Neighbors alike share a row."""
     rows = [
-        (version, [*marks(before.defects), ", ".join(present(after)) or "none"])
+        (version, [*marks(before.defects), ", ".join(present(after, LEFT)) or "none"])
         for version, (before, after) in found.items()
     ]
     lines = []
@@ -47,7 +47,7 @@ def models_table(found: Statuses) -> str:
     worst: dict[str, dict[str, str]] = {}
     for before, _ in found.values():
         for model, states in before.models.items():
-            of = worst.setdefault(model.removesuffix(" (AMD)"), {})
+            of = worst.setdefault(model, {})
             for name, state in states.items():
                 if state in MARKS:
                     of[name] = state
@@ -59,8 +59,8 @@ def markdown(corner: str, lines: list[list[str]], *last: str) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in [*head, *lines])
 
 
-def present(found: Status) -> list[str]:
-    return [name for name, state in found.defects.items() if state == "present"]
+def present(found: Status, *also: str) -> list[str]:
+    return [name for name, state in found.defects.items() if state in ("present", *also)]
 
 
 def marks(states: dict[str, str]) -> list[str]:

@@ -38,7 +38,7 @@ def sources(release_sources):
 @pytest.mark.thinned
 def test_killed_at_every_write(sources, tmp_path):
     """The code is never half of one version, and the next call leaves nothing behind."""
-    thin = conftest.THIN
+    thin = min(conftest.THIN, 5)  # or the last writes may be between two kills
     command = [sys.executable, "-m", "tests.overlay.faults", str(sources), str(tmp_path), str(thin)]
     done = subprocess.run(command, cwd=releases.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

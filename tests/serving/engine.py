@@ -172,7 +172,12 @@ def served(llm: Any, stream: list[Request]) -> list[Run | ValueError]:
 
     def prompt(request: Request) -> dict[str, Any]:
         made = request.prompt(tokenizer, engine.vllm_config.model_config.get_hidden_size())
-        return engine.renderer._process_tokens(made) if "_prompt_embeds" in made else made
+        if "_prompt_embeds" not in made:
+            return made
+        if "multi_modal_data" in made:
+            return engine.renderer._process_tokens(made)
+        engine.renderer._apply_prompt_embeds_to_prompt(made, *made.pop("_prompt_embeds"))
+        return made
 
     add = engine.add_request
 

@@ -146,10 +146,11 @@ def encode(checkpoint: Path, picture: Picture, model: Any) -> tuple[Any, Any]:
 
     processor = AutoProcessor.from_pretrained(checkpoint).image_processor
     inputs = processor(images=[picture.content()], return_tensors="pt")
-    kwargs = {key: inputs[key] for key in ("pixel_values", "image_grid_thw")}
+    grid = inputs["image_grid_thw"]
+    pixels = inputs["pixel_values"].to(next(model.parameters()))
     with torch.inference_mode():
-        embeds = model.embed_multimodal(**kwargs)[0]
-    return embeds.numpy(), inputs["image_grid_thw"].numpy()
+        embeds = model.embed_multimodal(pixel_values=pixels, image_grid_thw=grid)[0]
+    return embeds.float().cpu().numpy(), grid.numpy()
 
 
 @dataclass(frozen=True, eq=False)

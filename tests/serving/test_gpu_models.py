@@ -4,17 +4,21 @@ compiled against eager, then text after images."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
 
 from tests.fleet import DTYPE, Case, Mode
-from tools.parity.compare import TOLERANCE
+from tools.engines import EngineError
+from tools.parity.compare import TOLERANCE, compare
 
-from .modes import BREAKABLE, DEFAULT
+from .modes import BREAKABLE, DEFAULT, FULL, V1, cases
+from .soak import DifferenceError
 from .streams import EMBEDS_TOKEN, Audio, Embeds, Picture, Request, Text
+from .test_cpu_engines import Given, encode
 from .test_gpu_engines import IMAGE, IMAGES, TEXT
-from .test_gpu_leaks import check, images_then_texts
+from .test_gpu_leaks import IDLE, check, images_then_texts, streams
 from .weights import draw_weights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600, func_only=True)]
@@ -99,3 +103,118 @@ def test_moss_audio(case, fleet, figures):
     stream = heard(images_then_texts())
     draw(fleet, case, stream[0])
     check(fleet, case, stream, figures, "audio then texts")
+
+
+TRANSFORMERS = Mode(
+    "Transformers backend",
+    ("--model-impl", "transformers"),
+    releases=">=0.32",
+    lacking="its levels are dropped up to 0.31.0, with the fork, too",
+)
+
+
+@pytest.mark.bites("newest")
+@pytest.mark.parametrize("case", [Case("qwen3_vl", TRANSFORMERS)], ids=str)
+def test_transformers_backend(case, fleet, figures):
+    """D16. Judged by vLLM's own class."""
+    check(fleet, case, images_then_texts(), figures, "images then texts")
+
+
+ERNIE = (*DUMMY, "--limit-mm-per-prompt", '{"image": 3, "video": 0}')
+
+
+@pytest.mark.bites("newest")
+@pytest.mark.parametrize(
+    "case", cases("ernie4_5_vl", modes=[DEFAULT, FULL, BREAKABLE], common=ERNIE), ids=str
+)
+def test_experts_of_vision(case, fleet, figures):
+    """D17. By default, decoding alone is replayed, and an image's tokens when they come singly."""
+    found = streams(then_text=False)
+    draw(fleet, case, found["images then texts"][0][0])
+    wrong = 0
+    for what, (stream, threshold) in found.items():
+        counts = fleet.compare(case, stream, threshold=threshold)
+        figures(what=what, **counts)
+        wrong += counts["wrong"]
+    if wrong:
+        raise DifferenceError(f"{wrong} requests differ")
+
+
+PRUNED = ("--video-pruning-rate", "0.5")
+EMBEDS = [
+    Request((Embeds(3), Text(4)), max_tokens=6, joins_after=IDLE),
+    Request((Embeds(3), Text(4), Picture(64, 96), Embeds(5, 1), Text(2)), max_tokens=6),
+]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(model, DEFAULT, ("--enable-prompt-embeds", *options))
+        for model, options in (
+            ("granite4_vision", ()),
+            ("moss_audio", DUMMY),
+            ("qwen3_vl", PRUNED),
+            ("cohere_compass", PRUNED),
+        )
+    ],
+    ids=str,
+)
+def test_prompt_embeds_beside_media(case, fleet, figures):
+    """D18: as released they end the engine, which test_newest.py shows; also alone, in Granite."""
+    stream = [IMAGE, *EMBEDS]
+    if case.model == "moss_audio":
+        draw(fleet, case, (stream := heard(stream))[0])
+    limit = 2 * TOLERANCE[DTYPE] if case.model == "granite4_vision" else None
+    check(fleet, case, [*stream, TEXT, *stream], figures, "prompt_embeds", limit=limit)
+
+
+ENCODER_GRAPHS = ("--compilation-config", '{"cudagraph_mm_encoder": true}')
+GRAPHED = Mode("encoder graphs, embeddings", ENCODER_GRAPHS)
+
+
+@pytest.mark.bites("newest")
+@pytest.mark.parametrize("case", [Case("qwen3_vl", GRAPHED, ("--enable-mm-embeds",))], ids=str)
+def test_embeddings_where_the_encoder_has_graphs(case, fleet, figures):
+    """D18: a graph takes pixels. Such an engine encodes without graphs."""
+    picture = Picture(192, 160)
+    encoded = partial(encode, fleet.checkpoints[case.model], picture)
+    given = Given(IMAGE.parts, IMAGE.max_tokens, embeddings=fleet.engine(case.eager).model(encoded))
+    try:
+        served, _, image, _ = fleet.engine(case).serve([given, TEXT, IMAGE, TEXT])
+    except EngineError as error:
+        raise DifferenceError(f"the engine ended: {error}") from None
+    difference = compare(served, image).largest
+    figures(what="embeddings", model=case.model, mode=case.mode.name, largest=difference)
+    assert difference < TOLERANCE[DTYPE]
+
+
+STAGES = ("--pipeline-parallel-size", "2")
+TEXT_STAGES = Mode("sharded, text", (*STAGES, "--limit-mm-per-prompt", '{"image": 0}'))
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.parametrize(
+    "case",
+    [
+        # As released, Model Runner V2 ends.
+        Case("granite4_vision", Mode("sharded, stages", STAGES)),
+        pytest.param(
+            Case("granite4_vision", replace(V1, name="sharded, stages, V1", options=STAGES)),
+            marks=pytest.mark.bites("newest"),
+        ),
+    ],
+    ids=str,
+)
+def test_granite_sharded_in_stages(case, fleet, figures):
+    """D19: levels of layers of the later stage."""
+    limit = 2 * TOLERANCE[DTYPE]
+    check(fleet, case, images_then_texts(), figures, "images then texts", limit=limit)
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.parametrize("case", [Case("granite4_vision", TEXT_STAGES)], ids=str)
+def test_granite_sharded_of_text_alone(case, fleet):
+    """D19: as released, V2 waits for levels that an engine without a tower does not send."""
+    (served,) = fleet.engine(case).serve([TEXT])
+    assert served.logits.shape[0] == TEXT.max_tokens

@@ -96,7 +96,7 @@ def stream(then_text: bool) -> list[Request]:
         picture = Picture(64, 64 + 32 * (number % 2), 10 + number)
         last.append(ends_in_image((Text(3, number), picture), 1 + number, then_text))
         last += texts(66 + number, 1, OVERLAPPING, 4, 9)
-    video = Request((Text(4, 5), Video(8, 5), Text(4, 6)), 6, joins_after=IDLE)
+    video = Request((Text(4, 5), Video(4, 5), Text(4, 6)), 6, joins_after=IDLE)
     return [text, alone, text, *beside, text, *last, text, video, text, *crowd(), text, *beside]
 
 

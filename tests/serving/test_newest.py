@@ -140,6 +140,15 @@ def look_up(model: Any, ids: list[int]) -> tuple[tuple[float, ...], ...]:
     return tuple(map(tuple, embedding(torch.tensor(ids)).tolist()))
 
 
+def prune(llm: Any) -> None:
+    """As a GPU's runner, when it has loaded the model. A CPU's forgets it, and an image ends it."""
+    llm.collective_rpc(prunes)
+
+
+def prunes(worker: Any) -> None:
+    worker.model_runner.is_multimodal_pruning_enabled = True
+
+
 @pytest.mark.parametrize(
     "model, options",
     [
@@ -155,6 +164,8 @@ def look_up(model: Any, ids: list[int]) -> tuple[tuple[float, ...], ...]:
 def test_prompt_embeds_beside_media_are_text(start, model, options):
     """D18: such a request ended the engine, for everybody."""
     engine = start(model, "--enable-prompt-embeds", *options)
+    if options:
+        engine.llm(prune)
     kind = Heard if model == "moss_audio" else Request
     medium = Audio(600, 1) if model == "moss_audio" else Picture(64, 96, 1)
     words = [Text(3, 1), Text(5, 2)]

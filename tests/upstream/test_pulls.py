@@ -26,13 +26,17 @@ RELEASE = Version("0.33.0")
 PULLS = {pull.name: pull for pull in pulls(RELEASE)}
 # Lines added and removed, outside tests.
 SIZES = {
-    "1-clear-deepstack": (20, 13),
+    "1-clear-deepstack": (12, 9),
     "2-clear-granite": (4, 13),
     "3-moss-audio": (22, 14),
     "4-geo3k": (0, 0),
     "5-omni-prompts": (4, 21),
-    "6-prompt-embeds": (14, 0),
+    "6-prompt-embeds": (22, 0),
     "7-mixin": (61, 168),
+    "8-transformers-deepstack": (77, 1),
+    "9-ernie-experts": (42, 22),
+    "10-granite-stages": (6, 0),
+    "11-prompt-embeds-others": (19, 4),
 }
 UV = [sys.executable, "-m", "uv"]
 WHO = {
@@ -60,7 +64,7 @@ def sources() -> Path:
 
 @pytest.fixture
 def merged(sources):
-    """(before, after) of a pull request's files; the seventh is made after the first."""
+    """(before, after) of a pull request's files; some are made after another."""
 
     def run(name: str) -> tuple[dict[str, bytes], dict[str, bytes]]:
         paths = {path for pull in PULLS.values() for path in pull.overlay}
@@ -194,7 +198,7 @@ def test_am_signs_off(applied, name):
 
 @pytest.fixture(scope="module")
 def together(applied) -> Path:
-    """All of them in one branch: they can be merged in any order, the seventh after the first."""
+    """All of them in one branch: they can be merged in any order, some after another."""
     git(applied, "switch", "-q", "-c", "all", "7-mixin")
     for name in SIZES:
         if name not in ("1-clear-deepstack", "7-mixin"):
@@ -242,8 +246,12 @@ ON_A_CPU = {
     "2-clear-granite": (f"{PROCESSING}/test_granite4_vision.py", 1, 1),
     "3-moss-audio": (f"{PROCESSING}/test_moss_audio.py", 4, 21),
     "5-omni-prompts": ("tests/model_executor/test_qwen3_omni_mrope.py", 6, 18),
-    "6-prompt-embeds": (f"{PROCESSING}/test_qwen3_vl_embed.py", 2, 2),
+    "6-prompt-embeds": (f"{PROCESSING}/test_qwen3_vl_embed.py", 6, 6),
     "7-mixin": ("tests/models/multimodal/test_deepstack.py", 0, 3),
+    "8-transformers-deepstack": (f"{PROCESSING}/test_transformers_deepstack.py", 1, 1),
+    "9-ernie-experts": (f"{PROCESSING}/test_ernie45_vl.py", 3, 3),
+    "10-granite-stages": (f"{PROCESSING}/test_granite4_vision_pp.py", 2, 2),
+    "11-prompt-embeds-others": (f"{PROCESSING}/test_deepstack_prompt_embeds.py", 3, 3),
 }
 
 
@@ -285,6 +293,9 @@ def test_description(written, sources, name):
 def test_what_is_sent_when(written):
     send = (written / str(RELEASE) / "SEND.md").read_text()
     assert all(f"`{name}`" in send for name in ["0-report", *PULLS])
+    issue = (written / str(RELEASE) / "12-tower-lora-issue/README.md").read_text()
+    assert "`12-tower-lora-issue`" in send and "**Affected**" in issue
+    assert not re.search(r"\b(overlay|fork|stock|deepstack plugin)\b", issue)
     report = written / str(RELEASE) / "0-report"
     assert (report / "README.md").exists()
     script = (report / "reproduce.py").read_text().splitlines()

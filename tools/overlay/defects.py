@@ -7,17 +7,20 @@ again, read. So it holds for vLLM as released, for the fork, and for a fix of so
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from ..lint.classes import own_attribute
 
 MODELS = "vllm/model_executor/models"
 RUNNER = "vllm/v1/worker/gpu_model_runner.py"
+CONFIG = "vllm/config/model.py"
 GET, SET = "_get_deepstack_input_embeds", "_set_deepstack_input_embeds"
 EMBED, FORWARD, INIT = "embed_input_ids", "forward", "__init__"
 
@@ -58,8 +61,13 @@ KINDS = {
         "visual_token_mask",
         (INIT, EMBED, FORWARD),
     ),
+    "Transformers backend": Kind(
+        f"{MODELS}/transformers/multimodal.py", "MultiModalMixin", methods=("embed_multimodal",)
+    ),
 }
 EVERYWHERE = "Qwen3-VL"  # which every vLLM has: without it, this is none that can be read
+NO_LEVELS = "vllm/models/qwen4_exp"
+"""Code that stages levels, of a model whose released checkpoints have none."""
 INTERNS1_PRO = Kind(f"{MODELS}/interns1_pro.py", "InternS1ProForConditionalGeneration")
 
 
@@ -92,11 +100,12 @@ class Code:
                 return node
         raise Unreadable(f"{self.root / path}: has no class {name}")
 
-    def lineage(self, path: str, name: str) -> list[ast.ClassDef]:
-        """A class and its bases in the tree, nearest first. What is not in the tree has no part."""
+    def lineage(self, path: str, name: str) -> list[tuple[str, ast.ClassDef]]:
+        """A class and its bases in the tree, nearest first, each with its file. What is not in the
+        tree has no part."""
         body = self.parse(path).body
-        found = [self.definition(path, name)]
-        for base in found[0].bases:
+        found = [(path, self.definition(path, name))]
+        for base in found[0][1].bases:
             if not isinstance(base, ast.Name):
                 continue
             if any(isinstance(node, ast.ClassDef) and node.name == base.id for node in body):
@@ -104,6 +113,22 @@ class Code:
             elif (source := self.imported_from(path, base.id)) and self.has(source[0]):
                 found += self.lineage(*source)
         return found
+
+    def borrowed(self, path: str, value: ast.expr) -> list[ast.FunctionDef]:
+        """What `Class.name` means in a module that imports the class: a property has two."""
+        if not (isinstance(value, ast.Attribute) and isinstance(value.value, ast.Name)):
+            return []
+        source = self.imported_from(path, value.value.id)
+        try:
+            lineage = self.lineage(*source) if source and self.has(source[0]) else []
+        except Unreadable:  # no class
+            return []
+        return [
+            node
+            for _, cls in lineage
+            for node in cls.body
+            if isinstance(node, ast.FunctionDef) and node.name == value.attr
+        ]
 
     def imported_from(self, path: str, name: str) -> tuple[str, str] | None:
         """The file and the name there of what a module imports under a name."""
@@ -131,20 +156,23 @@ class Model:
     """All names that the classes' bodies bind."""
 
     def __post_init__(self) -> None:
-        for cls in self.code.lineage(self.kind.file, self.kind.name):
+        for path, cls in self.code.lineage(self.kind.file, self.kind.name):
             for node in cls.body:
                 if isinstance(node, ast.Assign):
-                    self.bound.update(name for target in node.targets for name in names(target))
-                if not isinstance(node, ast.FunctionDef):
-                    continue
-                self.bound.add(node.name)
-                setter = any(
-                    isinstance(d, ast.Attribute) and d.attr == "setter" for d in node.decorator_list
-                )
-                (self.setters if setter else self.methods).setdefault(node.name, node)
+                    bound = [name for target in node.targets for name in names(target)]
+                    for function in self.code.borrowed(path, node.value):
+                        self.add(bound[0], function)
+                    self.bound.update(bound)
+                elif isinstance(node, ast.FunctionDef):
+                    self.add(node.name, node)
         for method in self.kind.methods:
             if method not in self.methods:
                 raise self.unreadable(f"{self.kind.name} has no {method}")
+
+    def add(self, name: str, node: ast.FunctionDef) -> None:
+        self.bound.add(name)
+        decorators = [getattr(decorator, "attr", None) for decorator in node.decorator_list]
+        (self.setters if "setter" in decorators else self.methods).setdefault(name, node)
 
     def unreadable(self, problem: str) -> Unreadable:
         return Unreadable(f"{self.code.root / self.kind.file}: {problem}")
@@ -226,12 +254,15 @@ def has(nodes: Iterator[ast.AST], *kinds: type[ast.AST]) -> bool:
     return any(isinstance(node, kinds) for node in nodes)
 
 
+def method_of(node: ast.AST) -> str | None:
+    """That a call calls."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        return node.func.attr
+    return None
+
+
 def clears(node: ast.AST) -> bool:
-    return (
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr == "zero_"
-    )
+    return method_of(node) == "zero_"
 
 
 def gives_none(node: ast.If) -> bool:
@@ -242,6 +273,11 @@ def gives_none(node: ast.If) -> bool:
     )
 
 
+def reads(node: ast.AST) -> str | None:
+    """The name of `self.name`, unless it is assigned to."""
+    return own_attribute(node) if isinstance(getattr(node, "ctx", None), ast.Load) else None
+
+
 def specialises(model: Model) -> bool:
     """D1: what the decoder gets is `None` at some steps: those with nothing staged."""
     if GET in model.methods:
@@ -250,10 +286,7 @@ def specialises(model: Model) -> bool:
             for node in ast.walk(model.methods[GET])
         )
     none = {name for name, value in model.cleared_state.items() if value is None}
-    return any(
-        own_attribute(node) in none and isinstance(getattr(node, "ctx", None), ast.Load)
-        for node in ast.walk(model.methods[FORWARD])
-    )
+    return any(reads(node) in none for node in ast.walk(model.methods[FORWARD]))
 
 
 def clears_when_embedding(model: Model) -> bool:
@@ -297,8 +330,53 @@ def outlives(model: Model) -> bool:
     return not (specialises(model) or clears_when_embedding(model) or clearing_is_captured(model))
 
 
+def compares_tokens(node: ast.AST) -> bool:
+    """`input_ids` with others, one by one; not whether there are any."""
+    compared: list[ast.expr] = []
+    if isinstance(node, ast.Compare) and not isinstance(node.ops[0], (ast.Is, ast.IsNot)):
+        compared = [node.left, *node.comparators]
+    elif method_of(node) in ("isin", "eq"):
+        assert isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        compared = [node.func.value, *node.args]
+    return any(isinstance(part, ast.Name) and part.id == "input_ids" for part in compared)
+
+
+def masks_its_own_tokens(model: Model) -> bool:
+    """`forward` computes the mask of its own tokens before it reads one, whatever is staged."""
+    for statement in model.methods[FORWARD].body:
+        if isinstance(statement, ast.If) and model.storage & {*names(statement.test)}:
+            return False
+        if any(compares_tokens(node) for node in model.walk(statement)):
+            return True
+        if any(reads(node) in model.storage for node in ast.walk(statement)):
+            return False
+    return False
+
+
+def experts_ask_in_python(model: Model) -> bool:
+    """Whether any token is visual, before there is a way on which nothing asks: a graph has the
+    branch that was taken when it was captured."""
+    path, mask = f"{MODELS}/ernie45_vl_moe.py", model.kind.storage
+    for node in model.code.definition(path, "Ernie4_5_VLMoeMoE").body:
+        if isinstance(node, ast.FunctionDef) and node.name == FORWARD:
+            for statement in node.body:
+                if isinstance(statement, ast.If) and mask in names(statement.test):
+                    asks = {"any", "all"} & {*names(statement)}
+                    return bool(asks) or not has(ast.walk(statement), ast.Return)
+            return False
+    raise model.unreadable(f"{path}: Ernie4_5_VLMoeMoE has no {FORWARD}")
+
+
+def graphs_have_text_alone(model: Model) -> bool:
+    """D17: a replayed graph does not see which tokens are visual."""
+    return not masks_its_own_tokens(model) or experts_ask_in_python(model)
+
+
 def mask_outlives(model: Model) -> bool:
-    """D2 of what is staged as an attribute: unless each step begins by taking it back."""
+    """D2 of what is staged as an attribute: unless each step begins by taking it back, or by
+    computing its own."""
+    if masks_its_own_tokens(model):
+        return False
     for statement in model.methods[EMBED].body:
         if isinstance(statement, ast.Assign) and model.kind.storage in names(statement.targets[0]):
             return False
@@ -411,9 +489,164 @@ def splits_all(model: Model) -> bool:
         and ast.unparse(node.args[0]) == "multimodal_embeddings"
         for node in ast.walk(method)
     )
-    return joined and any(
+    return joined and has_prompt_embeds(model.code)
+
+
+def has_prompt_embeds(code: Code) -> bool:
+    """`prompt_embeds` come among the media's embeddings, as parts of a prompt."""
+    return any(
         isinstance(node, ast.Constant) and node.value == "prompt_embeds"
-        for node in ast.walk(model.code.parse(RUNNER))
+        for node in ast.walk(code.parse(RUNNER))
+    )
+
+
+def reads_width(node: ast.AST) -> bool:
+    """Of a tensor, `size(1)`, `shape[-1]` and the like."""
+    return any(
+        re.search(r"\.(size\(-?1\)|shape\[-?1\])$", ast.unparse(part))
+        for part in ast.walk(node)
+        if isinstance(part, (ast.Call, ast.Subscript))
+    )
+
+
+def splits_alike(model: Model, name: str) -> bool:
+    """A method splits embeddings into levels, and nothing before has chosen or filled them up by
+    their widths: `prompt_embeds`, which have no levels, are an exception."""
+    method = model.methods.get(name)
+    if method is None:
+        raise model.unreadable(f"no {name}")
+    by_width: set[str] = set()
+    for statement in in_order(method.body):
+        if any(method_of(node) == "split" for node in ast.walk(statement)):
+            return has_prompt_embeds(model.code) and by_width.isdisjoint(names(statement))
+        for target, value in pairs(statement):
+            if isinstance(target, ast.Name) and (reads_width(value) or by_width & {*names(value)}):
+                by_width.add(target.id)
+    raise model.unreadable(f"{name} splits nothing")
+
+
+def in_order(statements: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Those that hold no others, as they stand."""
+    for statement in statements:
+        if isinstance(statement, (ast.If, ast.For, ast.With)):
+            yield from in_order(statement.body)
+            yield from in_order(getattr(statement, "orelse", []))
+        else:
+            yield statement
+
+
+def splits_images_alike(model: Model) -> bool:
+    return splits_alike(model, EMBED)
+
+
+def splits_sounds_alike(model: Model) -> bool:
+    return splits_alike(model, "_split_multimodal_embeddings")
+
+
+def graphs_and_pruning_take_all(model: Model) -> bool:
+    return encodes_embeddings(model) or prunes_all(model)
+
+
+def prunes_all(model: Model) -> bool:
+    """With pruning, positions are beside each embedding, and are taken off. `prompt_embeds` have
+    none, and lose columns of their own, unless they are told by their width."""
+    name = "recompute_mrope_positions"
+    if name not in model.methods:
+        raise model.unreadable(f"no {name}")
+    told = any(
+        isinstance(node, ast.Assign) and reads_width(node.value) for node in model.reached(name)
+    )
+    return not told and has_prompt_embeds(model.code)
+
+
+def encodes_embeddings(model: Model) -> bool:
+    """Encoder graphs take pixels alone, and are there with `enable_mm_embeds` as well."""
+    name = "get_encoder_cudagraph_config"
+    if name not in model.methods:
+        return False
+    return not any("enable_mm_embeds" in names(node) for node in model.reached(name))
+
+
+def levels_unread(model: Model) -> bool:
+    """D16: of what Transformers' encoder gives, its levels are not taken, or are dropped."""
+    return not any(
+        isinstance(node, ast.FunctionDef) and keeps_levels(node)
+        for node in model.reached("embed_multimodal")
+    )
+
+
+def keeps_levels(function: ast.FunctionDef) -> bool:
+    """A name that is given them, and is read nowhere, keeps nothing."""
+    read = {
+        node.id
+        for node in ast.walk(function)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+    }
+    for node in ast.walk(function):
+        if isinstance(node, (ast.For, ast.Assign, ast.AugAssign, ast.Return, ast.Expr)):
+            value = node.iter if isinstance(node, ast.For) else node.value
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            dropped = targets and all(isinstance(t, ast.Name) and t.id not in read for t in targets)
+            if value and not dropped and "deepstack_features" in names(value):
+                return True
+    return False
+
+
+def stages_miss_levels(model: Model) -> bool:
+    """D19: a stage waits for levels that an earlier one keeps; or they are cleared when they have
+    not been sent, which is done after `forward`, from the buffers themselves."""
+    path, method = model.kind.file, "make_empty_intermediate_tensors"
+    for node in model.code.definition(path, "Granite4VisionLLMForCausalLM").body:
+        if isinstance(node, ast.FunctionDef) and node.name == method:
+            return "start_layer" not in names(node) or clears_at_once(model)
+    raise model.unreadable(f"Granite4VisionLLMForCausalLM has no {method}")
+
+
+def clears_at_once(model: Model) -> bool:
+    """`forward` clears, and not only if there is something that it has itself set to 0 before, or
+    that staging ends with setting to 0."""
+    zero: set[str] = set()
+    for statement in model.methods[EMBED].body:
+        for target, value in pairs(statement):
+            if name := own_attribute(target):
+                nothing = isinstance(value, ast.Constant) and not value.value
+                (zero.add if nothing else zero.discard)(name)
+    for statement in model.methods[FORWARD].body:
+        if isinstance(statement, ast.If) and zero & {*names(statement.test)}:
+            continue
+        if any(clears(node) for node in model.walk(statement)):
+            return True
+        for target, value in pairs(statement):
+            if (name := own_attribute(target)) and isinstance(value, ast.Constant):
+                (zero.discard if value.value else zero.add)(name)
+    return False
+
+
+def pairs(statement: ast.stmt) -> Iterator[tuple[ast.expr, ast.expr]]:
+    """What an assignment gives to what: `a, b = c, d` are two."""
+    if not isinstance(statement, ast.Assign):
+        return
+    for target in statement.targets:
+        if isinstance(target, ast.Tuple) and isinstance(statement.value, ast.Tuple):
+            yield from zip(target.elts, statement.value.elts)
+        else:
+            yield target, statement.value
+
+
+def shares_decoders(model: Model) -> bool:
+    """D20: the key of compiled decoders lacks the limits, vLLM's own and what a model adds to it
+    when it is made. An engine with limits of 0 has no levels."""
+    for node in model.code.definition(CONFIG, "ModelConfig").body:
+        if isinstance(node, ast.FunctionDef) and node.name == "compute_hash":
+            if "limit_per_prompt" in names(node):
+                return False
+            break
+    else:
+        raise model.unreadable(f"{CONFIG}: ModelConfig has no compute_hash")
+    called = [model.setters[name] for name, _ in model.assigned(INIT) if name in model.setters]
+    return not any(
+        {"additional_config", "limit_per_prompt"} <= {*names(node)}
+        for node in [model.methods[INIT], *called]
     )
 
 
@@ -431,6 +664,10 @@ class Rule:
     present: Callable[[Model], bool]
     released: dict[str, SpecifierSet]
     """By model, the releases that have the defect, as far as they are known."""
+    left: SpecifierSet
+    """The releases in which the overlay leaves it."""
+    instead: str
+    """What to do there."""
 
 
 @dataclass(frozen=True)
@@ -448,8 +685,17 @@ class Defect:
             for name, specifier in rule.released.items()
         }
 
+    def left(self, model: str, version: Version) -> str | None:
+        """What to do instead, in a release in which the overlay leaves it in a model."""
+        for rule in self.rules:
+            if model in rule.released and rule.left.contains(version):
+                return rule.instead
+        return None
 
-def rule(present: Callable[[Model], bool], **released: str) -> Rule:
+
+def rule(
+    present: Callable[[Model], bool], *, left: str = "<0", instead: str = "", **released: str
+) -> Rule:
     """Which releases have it, by groups of models."""
     groups = {
         "vl": ("Qwen3-VL", "Qwen3-VL-MoE"),
@@ -459,6 +705,7 @@ def rule(present: Callable[[Model], bool], **released: str) -> Rule:
         "granite": ("Granite 4 Vision",),
         "moss": ("MOSS-Audio",),
         "ernie": ("Ernie 4.5-VL",),
+        "transformers": ("Transformers backend",),
     }
     return Rule(
         present,
@@ -467,6 +714,8 @@ def rule(present: Callable[[Model], bool], **released: str) -> Rule:
             for group, specifier in released.items()
             for name in groups[group]
         },
+        SpecifierSet(left, prereleases=True),
+        instead,
     )
 
 
@@ -529,6 +778,48 @@ DEFECTS = {
     ),
     "D15": Defect(
         "embeddings instead of images lose their levels", (rule(ignores_embeddings, **SHARED),)
+    ),
+    "D16": Defect(
+        "--model-impl transformers: images lose their DeepStack features",
+        (
+            rule(
+                levels_unread,
+                transformers=ALWAYS,
+                left="<0.32",
+                instead="serve DeepStack models without --model-impl transformers",
+            ),
+        ),
+    ),
+    "D17": Defect(
+        "CUDA graphs send image tokens to the experts of text",
+        (rule(graphs_have_text_alone, ernie=ALWAYS),),
+    ),
+    "D18": Defect(
+        "embeddings that have no levels, or no pixels, end the engine",
+        (
+            rule(splits_images_alike, granite=">=0.21"),
+            rule(splits_sounds_alike, moss=ALWAYS),
+            rule(
+                graphs_and_pruning_take_all,
+                vl=ALWAYS,
+                compass=ALWAYS,
+                left="<0.22",
+                instead="leave cudagraph_mm_encoder off where requests may send embeddings",
+            ),
+        ),
+    ),
+    "D19": Defect(
+        "pipeline parallelism: levels do not reach later stages",
+        (rule(stages_miss_levels, granite=ALWAYS),),
+    ),
+    "D20": Defect(
+        "engines with and without a tower share a compiled decoder",
+        (
+            rule(
+                shares_decoders,
+                **dict.fromkeys(("vl", "omni", "compass", "granite", "moss"), "<0.33"),
+            ),
+        ),
     ),
     "D21": Defect(
         "audio in video beside an image ends the engine",

@@ -36,9 +36,11 @@ FIXES = {
     "patch": "a patch of the files, as `vllm-deepstack apply` makes it",
     "wheel": "a `vllm` wheel that has the fixes",
 }
+LEFT = "left by the overlay"
 # Of one defect, in different models, the first of these is the worst.
 STATES = (
     "present",
+    LEFT,
     "latent",
     "fixed by the overlay",
     "fixed",
@@ -59,7 +61,8 @@ class Status:
     plugin: str | None = None
     """What the plugin says of this vLLM, or why it does not run; None where it is not installed."""
     models: dict[str, dict[str, str]] = field(default_factory=dict)
-    """By model and defect: one of `STATES`. `latent`: there, but no engine reaches it."""
+    """By model and defect: one of `STATES`. `latent`: there, but no engine reaches it. `left by the
+    overlay`: there, and a warning says what to do instead."""
     lint: list[str] = field(default_factory=list)
     """What `vllm-deepstack lint` finds in models that have no rule here."""
     problem: str | None = None
@@ -154,8 +157,20 @@ def status(
             found.warnings.append(INTERNS1_PRO_DROPS)
     except Unreadable as error:
         problems.append(str(error))
+    found.warnings += left_in(found.models, version)
     found.problem = "; ".join(problems) or None
     return found
+
+
+def left_in(models: Mapping[str, dict[str, str]], version: Version | None) -> list[str]:
+    """What to do about that which the overlay leaves, and is no part of the verdict."""
+    by_text: dict[str, list[str]] = {}
+    for model, states in models.items():
+        for name, state in states.items():
+            if state == LEFT and version:
+                text = f"{name} is as released here: {DEFECTS[name].left(model, version)}"
+                by_text.setdefault(text, []).append(model)
+    return [f"{', '.join(models)}: {text}" for text, models in by_text.items()]
 
 
 def states_of(name: str, model: Model, version: Version | None, overlaid: bool) -> dict[str, str]:
@@ -165,7 +180,8 @@ def states_of(name: str, model: Model, version: Version | None, overlaid: bool) 
             continue
         present, released = about.models[name]
         if present(model):
-            states[defect] = "latent" if about.latent else "present"
+            left = overlaid and version is not None and about.left(name, version) is not None
+            states[defect] = LEFT if left else "latent" if about.latent else "present"
         elif version is None:
             states[defect] = "not there"
         elif released.contains(version):

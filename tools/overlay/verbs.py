@@ -22,7 +22,7 @@ from packaging.version import Version
 from .. import __version__, cli, releases
 from ..cli import UserError
 from . import OFF, PLUGIN, is_off
-from .defects import KINDS, MODELS
+from .defects import KINDS, MODELS, NO_LEVELS
 from .status import SCHEMA, UNKNOWN, status
 from .tree import OVERLAY, Tree, overlay_files
 from .verdict import verdict
@@ -33,7 +33,7 @@ TREE = (
     "(default: that of the vLLM which this Python imports)"
 )
 STATUS = """\
-Says which of the defects D1 to D15 and D21 a vLLM has, read from its code, and how they are fixed:
+Says which of the defects D1 to D21 a vLLM has, read from its code, and how they are fixed:
 by the plugin, by `apply`, by a wheel, or not at all. Imports no vLLM and needs no GPU.
 
 exit code: 0 clean, 1 affected, 2 it cannot tell"""
@@ -138,6 +138,7 @@ def linted(root: Path, ours: Iterable[str]) -> list[str]:
 
     judged = {(root / path).resolve() for path in (*ours, *(kind.file for kind in KINDS.values()))}
     files = [f for folder in (MODELS, "vllm/models") for f in (root / folder).rglob("*.py")]
+    judged |= {f.resolve() for f in files if f.is_relative_to(root / NO_LEVELS)}
     with cli.uncollected():
         found, _ = lint([f for f in files if f.resolve() not in judged], root, list(RULES))
     return [

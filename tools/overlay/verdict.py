@@ -65,7 +65,10 @@ def fixed(root: Path, version: Version) -> tuple[list[str], list[str]]:
         (model, name)
         for name, defect in DEFECTS.items()
         for model, (_, released) in defect.models.items()
-        if not defect.latent and released.contains(version) and (root / KINDS[model].file).is_file()
+        if not defect.latent
+        and released.contains(version)
+        and defect.left(model, version) is None
+        and (root / KINDS[model].file).is_file()
     ]
     return in_order(pairs)
 

@@ -18,6 +18,13 @@ from vllm.v1.worker.ubatching import dbo_current_ubatch_id, dbo_enabled
 from .utils import StageMissingLayer, _merge_multimodal_embeddings
 
 
+def rows_with_levels(size: int, embeddings: Sequence[torch.Tensor], is_multimodal):
+    """The rows of embeddings that are wider than `size`: not of `prompt_embeds`."""
+    sizes = torch.tensor([e.size() for e in embeddings])
+    wide = (sizes[:, 1] > size).repeat_interleave(sizes[:, 0]).to(is_multimodal)
+    return is_multimodal.masked_scatter(is_multimodal, wide)
+
+
 class DeepStackMixin(torch.nn.Module):
     """`embed_input_ids` runs in Python at every step, whatever graph follows: it clears
     what an earlier step left, then stages. `forward`, upstream's own, reads and clears.
@@ -74,8 +81,8 @@ class DeepStackMixin(torch.nn.Module):
 
     @use_deepstack.setter
     def use_deepstack(self, value: bool) -> None:
-        """Each `__init__` sets it. What makes decoders differ goes into the key of compiled
-        ones: up to 0.32, vLLM's lacks the limits, and the release's own may fit (D20)."""
+        """By each `__init__`. What tells decoders apart goes into the key of compiled
+        ones (D20): vLLM's has no limits up to 0.32, and fits the release's own."""
         self._use_deepstack = value
         config = get_current_vllm_config_or_none()
         ec = getattr(config, "ec_transfer_config", None)
@@ -135,8 +142,8 @@ class DeepStackMixin(torch.nn.Module):
             self.deepstack_input_embeds_num_tokens = 0
 
     def _recompute_media_positions(self, input_ids, embeddings, *args):
-        """`recompute_mrope_positions` of a step that has `prompt_embeds`, else `None`. They
-        are text: no positions are beside them, to be taken off (D18)."""
+        """`recompute_mrope_positions` of a step that has `prompt_embeds`; else `None`.
+        These are text: there are no positions beside them to be taken off (D18)."""
         size = self.config.text_config.hidden_size
         media = [e for e in embeddings if e.size(1) != size]
         if len(media) == len(embeddings):
@@ -158,10 +165,8 @@ class DeepStackMixin(torch.nn.Module):
         levels = [e[:, size:] for e in multimodal_embeddings if e.size(1) > size]
         if not levels:
             return None, multimodal_embeddings
-        if len(levels) < len(multimodal_embeddings):  # leave out tokens without levels
-            sizes = torch.tensor([e.size() for e in multimodal_embeddings])
-            wide = (sizes[:, 1] > size).repeat_interleave(sizes[:, 0]).to(is_multimodal)
-            is_multimodal = is_multimodal.masked_scatter(is_multimodal, wide)
+        if len(levels) < len(multimodal_embeddings):
+            is_multimodal = rows_with_levels(size, multimodal_embeddings, is_multimodal)
         payload = inputs_embeds.new_zeros(num_tokens, self.deepstack_num_level * size)
         payload = _merge_multimodal_embeddings(payload, levels, is_multimodal)
         payload = payload.view(num_tokens, -1, size).transpose(0, 1)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # release: >=0.32
-"""The Transformers backend: its decoder gets the levels of Qwen3-VL and its kin (D16)."""
+"""The Transformers backend: the decoder of Qwen3-VL and its kin gets levels (D16)."""
 
 from vllm.model_executor.models.deepstack import DeepStackMixin
 
@@ -30,17 +30,13 @@ class MultiModalMixin(DeepStackMixin):
         self, input_ids, multimodal_embeddings=None, *, is_multimodal=None
     ):
         self._clear_deepstack_input_embeds(self.deepstack_input_embeds_num_tokens)
-        if self._deepstack_buffers and multimodal_embeddings:
-            payload, multimodal_embeddings = self._compute_deepstack_embeds(
-                self._deepstack_buffers[0][: len(input_ids)],
-                multimodal_embeddings,
-                is_multimodal,
-            )
+        given = multimodal_embeddings
+        if self._deepstack_buffers and given:
+            like = self._deepstack_buffers[0][: len(input_ids)]
+            payload, given = self._compute_deepstack_embeds(like, given, is_multimodal)
             if payload is not None:
                 self._set_deepstack_input_embeds(payload)
-        return super().embed_input_ids(
-            input_ids, multimodal_embeddings, is_multimodal=is_multimodal
-        )
+        return super().embed_input_ids(input_ids, given, is_multimodal=is_multimodal)
 
     def _get_features(self, modality, pixel_values, **kwargs):
         ...

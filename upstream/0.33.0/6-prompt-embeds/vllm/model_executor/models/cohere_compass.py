@@ -10,3 +10,22 @@ class CohereCompassForConditionalGeneration:
             for embeds in multimodal_embeddings
         ]
         ...
+
+    @staticmethod
+    def _recompute_mrope_positions(
+        input_ids,
+        multimodal_embeddings,
+        mrope_positions,
+        num_computed_tokens,
+        vision_start_token_id,
+        image_token_id,
+        video_token_id,
+    ):
+        ...
+        for mm in multimodal_embeddings:
+            # Text, which has no positions to strip.
+            if getattr(mm, "modality", None) == "prompt_embeds":
+                mm_embeddings_out.append(mm)
+                continue
+            ...
+        ...

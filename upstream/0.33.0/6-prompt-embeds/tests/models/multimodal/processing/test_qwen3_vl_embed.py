@@ -9,7 +9,11 @@ from vllm.config import (
     VllmConfig,
     set_current_vllm_config,
 )
+from vllm.model_executor.models.cohere_compass import (
+    CohereCompassForConditionalGeneration,
+)
 from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
+from vllm.multimodal.utils import set_mm_embedding_modality
 
 HIDDEN_SIZE, IMAGE_TOKEN_ID = 8, 11
 
@@ -59,3 +63,37 @@ def test_prompt_embeds_have_no_deepstack_features(
     is_image = input_ids == IMAGE_TOKEN_ID
     assert inputs_embeds[is_image].eq(2).all() and deepstack[:, is_image].eq(2).all()
     assert inputs_embeds[-2].eq(3).all() and deepstack[:, ~is_image].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    "model_class",
+    [CohereCompassForConditionalGeneration, Qwen3VLForConditionalGeneration],
+)
+@pytest.mark.parametrize("with_image", [True, False])
+def test_prompt_embeds_have_no_positions(model_class, with_image):
+    """With video pruning, media embeddings end in five columns of positions."""
+    vision_start_token_id = 12
+    input_ids = [0, vision_start_token_id, IMAGE_TOKEN_ID, IMAGE_TOKEN_ID, 0]
+    image = torch.full((2, HIDDEN_SIZE + 5), 2.0)
+    image[:, HIDDEN_SIZE:] = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 1, 0, 0]])
+    prompt_embeds = set_mm_embedding_modality(
+        torch.full((1, HIDDEN_SIZE), 3.0), "prompt_embeds"
+    )
+
+    def recompute(embeddings):
+        return model_class._recompute_mrope_positions(
+            input_ids,
+            embeddings,
+            mrope_positions=torch.arange(len(input_ids)).expand(3, -1),
+            num_computed_tokens=0,
+            vision_start_token_id=vision_start_token_id,
+            image_token_id=IMAGE_TOKEN_ID,
+            video_token_id=13,
+        )
+
+    images = [image] if with_image else []
+    (*out, text), positions, delta = recompute([*images, prompt_embeds])
+    expected, *expected_positions = recompute(images)
+
+    assert torch.equal(text, prompt_embeds)
+    torch.testing.assert_close([out, positions, delta], [expected, *expected_positions])
