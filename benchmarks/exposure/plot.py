@@ -26,10 +26,12 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.5, help="of requests that have an image")
     parser.add_argument("--side", type=int, default=0, help="of images, in pixels; 0: small ones")
     parser.add_argument("--arrivals", default="poisson")
+    parser.add_argument("--system", type=int, default=0, help="tokens of the system prompt")
     args = parser.parse_args()
+    parameters = ("model", "share", "side", "arrivals", "system")
     lines: dict[tuple[str, str], dict[int, float]] = {}
     for entry in (e for file in args.results for e in json.loads(file.read_text())["entries"]):
-        wanted = all(entry[n] == vars(args)[n] for n in ("model", "share", "side", "arrivals"))
+        wanted = all(entry[n] == vars(args)[n] for n in parameters)
         if wanted and entry.get("texts"):
             line = lines.setdefault((entry["mode"], entry["vllm"]), {})
             line[entry["in_flight"]] = 100 * entry["wrong_texts"] / entry["texts"]

@@ -133,7 +133,7 @@ def leaks(*requests: dict[str, Any], floor: float = 0.0, **not_run: str) -> dict
     return {"streams": streams, "not_run": not_run}
 
 
-SHARES = {"modality": "image", "blank": 3.9, "levels": 2.2}
+SHARES = {"modality": "image", "blank": 3.9, "levels": 2.2, "configured": 0}
 LEAKING = leaks(
     request("text", 0, 0, 3),
     request("image", 0, 1, 2),
@@ -254,6 +254,9 @@ class TestReport:
             assert "the check could not have seen them" in shown(one)
             assert "cannot tell" in shown(one)
         assert "without DeepStack's levels, by 2.20" in shown(made(shares=SHARES))
+        one = made(shares=SHARES | {"levels": None, "configured": 3})
+        assert one["verdict"] == "unknown"
+        assert "has 3 DeepStack levels, and nothing in this engine reads them" in shown(one)
 
     def test_what_was_not_asked(self):
         needs = leaks(trickle="needs CUDA graphs")

@@ -112,15 +112,16 @@ def test_replayed_image_tokens_go_to_experts_of_vision(start, figures):
 @pytest.mark.parametrize("model", ["ernie4_5_vl", "granite4_vision"])
 def test_later_pipeline_stages_have_what_they_need(start, model, figures):
     """D17: their experts of vision have image tokens. D19: their levels arrive. Judged by one
-    engine, one after the other: two workers take both cores."""
-    one, two = start(model, *NO_VIDEOS), start(model, *STAGES, *NO_VIDEOS)
+    engine. Eager, a CPU's runner does not start the second (0.32.0)."""
+    one, two = start(model, *NO_VIDEOS), start(model, *STAGES, *NO_VIDEOS, eager=False)
     differ(Soak(two, one, LIMIT), "two stages", figures, model=model)
 
 
 @release(">=0.31")
 def test_later_pipeline_stages_of_text_alone(start):
     """A first stage that has no tower sends no levels."""
-    one, two = start("granite4_vision"), start("granite4_vision", *STAGES, *NO_IMAGES)
+    one = start("granite4_vision")
+    two = start("granite4_vision", *STAGES, *NO_IMAGES, eager=False)
     Soak(two, one, LIMIT).check([TEXT, TEXT])
 
 

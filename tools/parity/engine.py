@@ -349,6 +349,7 @@ def shares(alone: Alone, samples: list[Sample], arrays: Arrays) -> dict[str, Any
     llm, modality = alone.llm, alone.prompts.modality
     seen = [i for i, sample in enumerate(samples) if sample.images]
     found: dict[str, Any] = {"modality": modality, "blank": None, "levels": None}
+    found["configured"] = configured(llm.llm_engine.vllm_config.model_config.hf_config)
     if not seen and not modality:
         return found
     print(f"{STAGE}generating without the {modality or 'image'}s", flush=True)
@@ -373,6 +374,12 @@ def shares(alone: Alone, samples: list[Sample], arrays: Arrays) -> dict[str, Any
         moved = largest(open_image, alone.prompts)
         found["levels"] = moved if all(llm.apply_model(with_levels)) else None
     return found
+
+
+def configured(config: Any) -> int:
+    """How many DeepStack levels a model's configuration has, as Qwen3-VL's and its kin's say it."""
+    vision = getattr(getattr(config, "thinker_config", config), "vision_config", None)
+    return len(getattr(vision, "deepstack_visual_indexes", None) or ())
 
 
 def apart(ours: np.ndarray, theirs: np.ndarray) -> float:

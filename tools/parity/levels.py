@@ -8,17 +8,26 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
+
 GETTER = "_get_deepstack_input_embeds"
+STORAGE = "deepstack_input_embeds"
+LAYER = "deepstack"  # the Transformers backend's, with the fork: on each layer that adds a level
+KEPT = "_check_levels_kept"
 UNKNOWN = "_check_levels_unknown"
 
 
 def without_levels(model: Any) -> int:
     """Has zeros in place of the DeepStack levels that a model gives its decoder; on an eager
     engine, which asks for them at each step. Returns how many modules give any."""
-    modules = [m for m in model.modules() if hasattr(m, GETTER)]
-    for module in modules:
+    getters = [m for m in model.modules() if hasattr(m, GETTER) and getattr(m, STORAGE, True)]
+    for module in getters:
         module.__dict__[GETTER] = partial(zeros, getattr(module, GETTER))
-    return len(modules)
+    layers = [m for m in model.modules() if isinstance(getattr(m, LAYER, None), torch.Tensor)]
+    for layer in layers:
+        layer.__dict__[KEPT] = getattr(layer, LAYER)
+        setattr(layer, LAYER, 0 * layer.__dict__[KEPT])
+    return len(getters)
 
 
 def zeros(getter: Any, *given: Any, **named: Any) -> Any:
@@ -35,4 +44,6 @@ def with_levels(model: Any) -> bool:
     modules = list(model.modules())
     for module in modules:
         module.__dict__.pop(GETTER, None)
+        if KEPT in module.__dict__:
+            setattr(module, LAYER, module.__dict__.pop(KEPT))
     return not any(module.__dict__.pop(UNKNOWN, False) for module in modules)

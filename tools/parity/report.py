@@ -214,6 +214,11 @@ def blind(shares: Mapping[str, Any] | None, limit: float) -> list[str]:
     """What does not count, so that nothing about it can be seen."""
     if not shares or shares["blank"] is None:
         return []
+    if shares["levels"] is None and (levels := shares["configured"]):
+        unread = (
+            f"the configuration has {levels} DeepStack levels, and nothing in this engine reads"
+        )
+        return [f"{unread} them"]
     kind = shares["modality"] or "image"
     named = {f"blank {kind}s": shares["blank"], "missing DeepStack levels": shares["levels"]}
     return [
@@ -255,7 +260,7 @@ def unanswered(
         found.append(f"{what}: needs a GPU")
     if shares and shares["blank"] is None:
         found.append("what images count: the samples have none")
-    elif shares and shares["levels"] is None:
+    elif shares and shares["levels"] is None and not shares["configured"]:
         found.append("what DeepStack levels count: no _get_deepstack_input_embeds in the model")
     return found
 
@@ -369,6 +374,11 @@ def about_shares(one: Report) -> list[str]:
     shares = one["shares"]
     if not shares or shares["blank"] is None:
         return []
+    if shares["levels"] is None and (levels := shares["configured"]):
+        unread = (
+            f"the configuration has {levels} DeepStack levels, and nothing in this engine reads"
+        )
+        return [f"{unread} them"]
     kind = shares["modality"] or "image"
     found = [f"without the {kind}s' content, logits change by {number(shares['blank'])}"]
     if shares["levels"] is not None:
