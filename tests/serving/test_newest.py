@@ -109,6 +109,7 @@ def test_replayed_image_tokens_go_to_experts_of_vision(start, figures):
 
 
 @bites("stock", "0.32.0")
+@pytest.mark.optional
 @pytest.mark.parametrize("model", ["ernie4_5_vl", "granite4_vision"])
 def test_later_pipeline_stages_have_what_they_need(start, model, figures):
     """D17: their experts of vision have image tokens. D19: their levels arrive. Judged by one
@@ -118,6 +119,7 @@ def test_later_pipeline_stages_have_what_they_need(start, model, figures):
 
 
 @release(">=0.31")
+@pytest.mark.optional
 def test_later_pipeline_stages_of_text_alone(start):
     """A first stage that has no tower sends no levels."""
     one = start("granite4_vision")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import torch
@@ -9,9 +10,9 @@ import torch
 
 @torch.inference_mode()
 def draw_weights(model: Any) -> None:
-    """The same ones in every engine; wide enough that sounds move the logits."""
-    generator = torch.Generator().manual_seed(0)
-    for name, weight in sorted(model.named_parameters()):
+    """The same ones in every engine, and stage of one; wide enough that sounds move the logits."""
+    for name, weight in model.named_parameters():
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         if weight.dim() > 1:
             weight.copy_(0.08 * torch.randn(weight.shape, generator=generator))
         else:

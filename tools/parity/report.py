@@ -215,10 +215,8 @@ def blind(shares: Mapping[str, Any] | None, limit: float) -> list[str]:
     if not shares or shares["blank"] is None:
         return []
     if shares["levels"] is None and (levels := shares["configured"]):
-        unread = (
-            f"the configuration has {levels} DeepStack levels, and nothing in this engine reads"
-        )
-        return [f"{unread} them"]
+        which = f"the configuration has {levels} DeepStack levels"
+        return [f"{which}, and nothing in this engine reads them"]
     kind = shares["modality"] or "image"
     named = {f"blank {kind}s": shares["blank"], "missing DeepStack levels": shares["levels"]}
     return [
@@ -374,11 +372,6 @@ def about_shares(one: Report) -> list[str]:
     shares = one["shares"]
     if not shares or shares["blank"] is None:
         return []
-    if shares["levels"] is None and (levels := shares["configured"]):
-        unread = (
-            f"the configuration has {levels} DeepStack levels, and nothing in this engine reads"
-        )
-        return [f"{unread} them"]
     kind = shares["modality"] or "image"
     found = [f"without the {kind}s' content, logits change by {number(shares['blank'])}"]
     if shares["levels"] is not None:

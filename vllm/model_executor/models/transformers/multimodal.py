@@ -1,15 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-# release: >=0.32
 """The Transformers backend: the decoder of Qwen3-VL and its kin gets levels (D16)."""
 
+# release: >=0.32
 from vllm.model_executor.models.deepstack import DeepStackMixin
 
 
+# release: >=0.32
 def add_level(layer, args, hidden_states):
     """`hidden_states`: `[1, num_tokens, hidden_size]`."""
     return hidden_states + layer.deepstack[: hidden_states.size(1)]
 
 
+# release: <0.32
+class MultiModalMixin:
+    def __init__(self, *, vllm_config, prefix=""):
+        ...
+        vision_config = getattr(self.config, "vision_config", None)
+        if getattr(vision_config, "deepstack_visual_indexes", None):
+            logger.warning("DeepStack's levels are lost: use vLLM's own class, or 0.32")
+
+
+# release: >=0.32
 class MultiModalMixin(DeepStackMixin):
     def __init__(self, *, vllm_config, prefix=""):
         ...
