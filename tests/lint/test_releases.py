@@ -79,14 +79,16 @@ def test_at_most_one_in_ten_is_false():
 
 
 def test_of_the_fork_what_is_latent_is_left(unpacked, tmp_path):
-    """D5, and Ernie's None: docs/lint.md. Of MOSS-Audio it is upstream's own attribute, which
-    `forward` binds to the buffers before it reads it; the mixin's list it does not see to be one
-    that `__init__` allocates, as a property takes it."""
+    """D5 in docs/lint.md. Ernie's mask, which `forward` computes anew: what waits is never read. Of
+    MOSS-Audio it is upstream's own attribute, which `forward` binds to the buffers before it reads
+    it; the mixin's list it does not see to be one that `__init__` allocates: a property takes it.
+    """
     tree = shutil.copytree(unpacked("0.33.0"), tmp_path / "tree", copy_function=os.link)
     Tree(tree).apply()
     places, _ = found(tree, "0.33.0")
     assert {(code, file.rpartition("/")[2]) for code, file, _ in places} == {
         ("DS001", "ernie45_vl.py"),
+        ("DS002", "ernie45_vl.py"),
         ("DS003", "granite4_vision.py"),
         ("DS003", "moss_audio.py"),
     }
