@@ -288,7 +288,9 @@ def step(model: Any, one: Step, levels: int, forward: bool) -> dict[str, Any]:
     if forward:
         padded, Part.got = torch.nn.functional.pad(inputs, (0, 0, 0, 2)), {}
         positions = torch.zeros(len(padded))
-        output = model.forward(input_ids=None, positions=positions, inputs_embeds=padded)
+        raw = getattr(model, "requires_raw_input_tokens", False)
+        ids = torch.nn.functional.pad(ids, (0, 2)) if raw else None
+        output = model.forward(input_ids=ids, positions=positions, inputs_embeds=padded)
         found |= {"decoder": Part.got, "output": digest(output)}
     return found
 
@@ -378,6 +380,8 @@ def look(tree: Path, of: set[str], wanted: list[str] | None) -> dict[str, Any]:
             if not found or found & short:
                 untried[arch] = cls
             continue
+        if "models.transformers" in cls.__module__:
+            continue  # made of Transformers' model, whichever it is: on engines (D16)
         factories = getattr(cls, "_processor_factory", None)
         roles = {role: getattr(factories, role, None) for role in ("processor", "info")}
         roles |= {"model": cls, "dummy_inputs": getattr(factories, "dummy_inputs", None)}
@@ -405,4 +409,6 @@ def write(tree: Path, of: set[str], wanted: list[str] | None, log: Path, answer:
         pixtral.__dict__.setdefault(renamed, torch.nn.Module)
     groups = import_module("vllm.distributed.parallel_state")
     vars(groups)["_PP"] = SimpleNamespace(is_first_rank=True, is_last_rank=True, world_size=1)
+    context = import_module("vllm.forward_context")
+    vars(context)["_forward_context"] = SimpleNamespace(attn_metadata={})
     answer.write_text(json.dumps(look(tree, of, wanted)))

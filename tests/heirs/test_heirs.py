@@ -22,6 +22,8 @@ from tests.deepstack.test_releases import PRELOAD, patched
 from . import look
 
 RELEASES = ["0.22.1", "0.27.1", "0.30.0", "0.32.0", "0.33.0"]
+# Has D2 in methods of its own, and no released checkpoint that has levels.
+QWEN4_EXP = "Qwen4ExpForConditionalGeneration"
 HEIRS = {
     "Alpamayo2Super": ">=0.33",
     "ClefFlashForJointSchema": ">=0.33",
@@ -48,6 +50,7 @@ HEIRS = {
     "Qwen3VLNemotronEmbedModel": "",
     "Qwen3_5ForConditionalGeneration": "",
     "Qwen3_5MoeForConditionalGeneration": "",
+    QWEN4_EXP: ">=0.30",
 }
 # What cannot be tried: heirs, and what the overlay changes and no heir in the registry has.
 UNTRIED = {
@@ -55,6 +58,10 @@ UNTRIED = {
     "InternS1ProForConditionalGeneration": "==0.32.0",
     # A part of a model (D8), in tests/deepstack.
     "vllm.model_executor.models.qwen3_omni_moe_thinker.Qwen3Omni_VisionTransformer": "<0.24",
+    # On engines (D16, D17, D19).
+    "vllm.model_executor.models.ernie45_vl_moe.Ernie4_5_VLMoeMoE": "",
+    "vllm.model_executor.models.granite4_vision.Granite4VisionLLMForCausalLM": "",
+    "vllm.model_executor.models.transformers.multimodal.MultiModalMixin": "",
 }
 # Differences: the trial, as released, with the fork. Why, and the kind of encoder with which the
 # fork does the same, if there is such.
@@ -62,6 +69,10 @@ META, NO_LEVELS = "ValueError: a decoder's input is on the meta device", "image 
 NAMED = {
     rf".*: {look.REPLAYED}: ok → ok": ("D2", None),
     rf".*: (text|audio|prompt_embeds|{NO_LEVELS}): {META} → ok": ("D3", "levels"),
+    rf".*: (prompt_embeds|{NO_LEVELS}): IndexError: tuple index out of range → ok": ("D18", None),
+    r".*: prompt_embeds and image: RuntimeError: Sizes of tensors must .* → ok": ("D18", None),
+    r".*: prompt_embeds and image: ValueError: MOSS-Audio.* → ok": ("D18", None),
+    r".*: prompt_embeds: ok → ok": ("D17", None),  # a mask of no token is none
     rf".*: (prompt_embeds|{NO_LEVELS}): RuntimeError: split_with_sizes.* → ok": (
         "D14",
         "no levels",
@@ -154,7 +165,7 @@ def test_heirs_do_the_same_or_the_difference_has_a_name(release, looked):
                 assert now[trial] == now[re.sub(", .*?:", f", {twin}:", trial, count=1)], difference
             used.add(name)
             why[reason] += 1
-        for trial in now:  # no step has what an earlier one left
+        for trial in now if heir != QWEN4_EXP else ():  # no step has what an earlier one left
             if trial.endswith(look.REPLAYED) and end(now[trial]) == "ok":
                 assert now[trial][-1] == now[trial.replace(look.REPLAYED, "text")][0], (heir, trial)
         of = ", ".join(names[0].rpartition(".")[2] for names in found["inherits"].values())

@@ -32,7 +32,7 @@ BUILD = releases.ROOT / "build"
 WORK = BUILD / "upstream"
 MODELS = re.compile(
     "deepstack|qwen3.?vl|qwen3.?omni|cohere.?compass|granite.?4.?vision|moss.?audio"
-    "|ernie.?4.?5.?vl"
+    "|ernie.?4.?5.?vl|models/transformers/multimodal"
     "|models/test_registry|processing/test_common|test_qwen2_5_omni_embed",  # of all, of a base
     re.IGNORECASE,
 )

@@ -48,7 +48,7 @@ class Granite4VisionForConditionalGeneration:
             rows, is_multimodal = is_multimodal & ~vision, vision
             inputs_embeds[rows] = embeds * lm_inner.config.embedding_multiplier
             none = embeds.new_zeros(0, lm_h * len(self._ds_buffers))
-            multimodal_embeddings = [none, *(e for e in given if e.size(1) > lm_h)]
+            multimodal_embeddings = [e for e in given if e.size(1) > lm_h] or [none]
         ...
         self._ds_num_tokens = N
         # D19: `forward` clears no rows. What later stages get is sent after it.
