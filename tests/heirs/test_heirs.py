@@ -70,7 +70,6 @@ NAMED = {
     rf".*: {look.REPLAYED}: ok → ok": ("D2", None),
     rf".*: (text|audio|prompt_embeds|{NO_LEVELS}): {META} → ok": ("D3", "levels"),
     rf".*: (prompt_embeds|{NO_LEVELS}): IndexError: tuple index out of range → ok": ("D18", None),
-    r".*: prompt_embeds and image: RuntimeError: Sizes of tensors must .* → ok": ("D18", None),
     r".*: prompt_embeds and image: ValueError: MOSS-Audio.* → ok": ("D18", None),
     r".*: prompt_embeds: ok → ok": ("D17", None),  # a mask of no token is none
     rf".*: (prompt_embeds|{NO_LEVELS}): RuntimeError: split_with_sizes.* → ok": (

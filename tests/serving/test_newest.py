@@ -178,8 +178,8 @@ def test_prompt_embeds_beside_media_are_text(start, model, options):
         Spelled(each.tokens, vectors=engine.model(partial(look_up, ids=each.ids())))
         for each in words
     ]
-    alone = [(0, Text(4))] if SpecifierSet(">=0.32").contains(version()) else []  # not looked into
-    for parts in ((0, medium, 1, Text(4)), *alone, (Text(4), medium, Text(2), 1)):
+    only = [(0, Text(4))] if SpecifierSet(">=0.32").contains(version()) else []  # not looked into
+    for parts in ((0, medium, 1, Text(4)), *only, (Text(4), medium, Text(2), 1)):
         texts, embeds = (
             kind(tuple(of[part] if isinstance(part, int) else part for part in parts), 4)
             for of in (words, spelled)
