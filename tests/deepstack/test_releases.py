@@ -110,7 +110,7 @@ def test_contract_holds_on(version, run_tests, unpacked, tmp_path):
     [
         ("stock", DEFAULT, 90),
         ("pr43617", DEFAULT, 80),
-        ("newest", NEWEST, 100),
+        ("newest", NEWEST, 95),
         ("0.20.1", "0.20.1", 3),
         ("0.25.1", "0.25.1", 2),
     ],
