@@ -115,6 +115,11 @@ def streams(then_text: bool) -> dict[str, tuple[list[Request], int]]:
 def test_no_request_sees_anothers_image(case, fleet, figures, pytestconfig):
     # A prompt that ends in a placeholder ends an Omni engine as released, before it leaks (D12).
     then_text = case.model == "qwen3_omni" and bool(pytestconfig.getoption("--bites"))
+    check_streams(fleet, case, figures, then_text)
+
+
+def check_streams(fleet, case, figures, then_text: bool = False) -> None:
+    """All streams are served, and what is wrong in each is in the figures."""
     wrong = 0
     for what, (stream, threshold) in streams(then_text).items():
         found = fleet.compare(case, stream, threshold=threshold)

@@ -18,13 +18,13 @@ from .soak import DifferenceError
 from .streams import EMBEDS_TOKEN, Audio, Embeds, Picture, Request, Text
 from .test_cpu_engines import Given, encode
 from .test_gpu_engines import IMAGE, IMAGES, TEXT
-from .test_gpu_leaks import IDLE, check, images_then_texts, streams
+from .test_gpu_leaks import IDLE, check, check_streams, images_then_texts
+from .test_gpu_modes import GRAPHED
 from .weights import draw_weights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600, func_only=True)]
 
 DUMMY = ("--load-format", "dummy", "--trust-remote-code")
-# The others' kernels are compiled when they are first used, for minutes.
 
 
 def on(mode: Mode, *marks: pytest.MarkDecorator):
@@ -129,15 +129,8 @@ ERNIE = (*DUMMY, "--limit-mm-per-prompt", '{"image": 3, "video": 0}')
 )
 def test_experts_of_vision(case, fleet, figures):
     """D17. By default, decoding alone is replayed, and an image's tokens when they come singly."""
-    found = streams(then_text=False)
-    draw(fleet, case, found["images then texts"][0][0])
-    wrong = 0
-    for what, (stream, threshold) in found.items():
-        counts = fleet.compare(case, stream, threshold=threshold)
-        figures(what=what, **counts)
-        wrong += counts["wrong"]
-    if wrong:
-        raise DifferenceError(f"{wrong} requests differ")
+    draw(fleet, case, images_then_texts()[0])
+    check_streams(fleet, case, figures)
 
 
 PRUNED = ("--video-pruning-rate", "0.5")
@@ -169,12 +162,11 @@ def test_prompt_embeds_beside_media(case, fleet, figures):
     check(fleet, case, [*stream, TEXT, *stream], figures, "prompt_embeds", limit=limit)
 
 
-ENCODER_GRAPHS = ("--compilation-config", '{"cudagraph_mm_encoder": true}')
-GRAPHED = Mode("encoder graphs, embeddings", ENCODER_GRAPHS)
+SENT = Case("qwen3_vl", Mode("encoder graphs, embeddings", GRAPHED), ("--enable-mm-embeds",))
 
 
 @pytest.mark.bites("newest")
-@pytest.mark.parametrize("case", [Case("qwen3_vl", GRAPHED, ("--enable-mm-embeds",))], ids=str)
+@pytest.mark.parametrize("case", [SENT], ids=str)
 def test_embeddings_where_the_encoder_has_graphs(case, fleet, figures):
     """D18: a graph takes pixels. Such an engine encodes without graphs."""
     picture = Picture(192, 160)

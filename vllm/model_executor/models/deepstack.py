@@ -81,8 +81,8 @@ class DeepStackMixin(torch.nn.Module):
 
     @use_deepstack.setter
     def use_deepstack(self, value: bool) -> None:
-        """By each `__init__`. What tells decoders apart goes into the key of compiled
-        ones (D20): vLLM's has no limits up to 0.32, and fits the release's own."""
+        """Each `__init__` sets it. That adds the limits to the compiled decoders' key,
+        which lacks them up to 0.32. What the release compiled is not loaded (D20)."""
         self._use_deepstack = value
         config = get_current_vllm_config_or_none()
         ec = getattr(config, "ec_transfer_config", None)

@@ -17,7 +17,10 @@ class MultiModalMixin:
         ...
         vision_config = getattr(self.config, "vision_config", None)
         if getattr(vision_config, "deepstack_visual_indexes", None):
-            logger.warning("DeepStack's levels are lost: use vLLM's own class, or 0.32")
+            logger.warning(
+                "The Transformers backend of this vLLM drops the model's DeepStack "
+                "features: use --model-impl vllm, or vLLM 0.32.0 and later"
+            )
 
 
 # release: >=0.32
