@@ -163,7 +163,16 @@ def test_what_a_step_staged_is_gone_in_the_next(engine, model):
         soak.check([one, *texts])
 
 
-@pytest.mark.bites("pr43617", "0.32.0")
+@pytest.mark.parametrize(
+    "model",
+    [
+        # As released, MOSS-Audio loses its levels wherever a graph is replayed: none is left.
+        pytest.param(model, marks=getattr(pytest.mark, mark)("pr43617", "0.32.0"))
+        for model in MODELS
+        for mark in ["holds" if model == "moss_audio" else "bites"]
+    ],
+    indirect=True,
+)
 def test_the_prefix_cache_keeps_nothing_of_anothers_image(engine, model, figures):
     """A chat's first turn after another user's image. Its second turn comes later, in Python, where
     nothing is staged: as released, it begins with keys and values that are wrong."""
