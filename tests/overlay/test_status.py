@@ -105,7 +105,8 @@ def test_before_and_after(found, version):
     for name, states in before.models.items():
         fixed = {d for d, state in after.models[name].items() if state == "fixed by the overlay"}
         marked = {d for d, state in states.items() if state in table.MARKS}
-        assert fixed == {d for d in marked if (name, d) not in left} - {"D5"}
+        latent = {"D5"} if name == "Granite 4 Vision" else set()
+        assert fixed == {d for d in marked if (name, d) not in left} - latent
 
 
 @pytest.mark.parametrize("version", RELEASES)

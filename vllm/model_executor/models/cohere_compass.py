@@ -13,9 +13,6 @@ class CohereCompassMultiModalProcessor:
 
 
 class CohereCompassForConditionalGeneration(DeepStackMixin):
-    # release: <0.33
-    _kv_consumers_get_mm_embeds = True
-
     def embed_input_ids(
         self, input_ids, multimodal_embeddings=None, *, is_multimodal=None
     ):
@@ -25,10 +22,8 @@ class CohereCompassForConditionalGeneration(DeepStackMixin):
     def recompute_mrope_positions(
         self, input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens
     ):
-        found = self._recompute_media_positions(
-            input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens
-        )
-        if found is not None:
+        args = input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens
+        if found := self._recompute_media_positions(*args):
             return found
         ...
 

@@ -33,7 +33,7 @@ class DeepStackMixin(torch.nn.Module):
       decoder compiled or captured without features sees them later (D1, #43617).
     - A row holds the payload staged last, or zeros (D2).
     - There is a row for every token that a step can schedule, which both model runners
-      assert: no captured graph is left with outgrown buffers.
+      assert: buffers never grow, and no captured graph is left with outgrown ones.
     """
 
     deepstack_input_embeds_num_tokens: int = 0
@@ -42,7 +42,6 @@ class DeepStackMixin(torch.nn.Module):
     _deepstack_rows_read: int = 0
     _use_deepstack: bool = False
     _is_ec_consumer: bool = False
-    _kv_consumers_get_mm_embeds: bool = False  # by vLLM itself, 0.30.0 to 0.32.0
 
     @property
     def deepstack_input_embeds(self) -> list[torch.Tensor]:
@@ -73,9 +72,9 @@ class DeepStackMixin(torch.nn.Module):
         if not isinstance(getattr(self, "visual", None), StageMissingLayer):
             return self._use_deepstack
         mm, vision = self.multimodal_config, self.config.vision_config
-        unasked = self._kv_consumers_get_mm_embeds and not self._is_ec_consumer
-        if unasked and mm.allow_missing_mm_embeddings and mm.language_model_only:
-            return False  # a KV consumer that takes text alone
+        text_only = mm.language_model_only and not self._is_ec_consumer
+        if text_only and getattr(mm, "allow_missing_mm_embeddings", False):
+            return False  # a KV consumer: 0.30 to 0.32 let it be sent embeddings
         levels = getattr(vision, "deepstack_visual_indexes", None)
         return mm.enable_mm_embeds and bool(levels)
 
@@ -100,30 +99,14 @@ class DeepStackMixin(torch.nn.Module):
         if dbo_enabled():  # D9: micro-batches start in order, each with its own rows
             start = self._deepstack_rows_read if dbo_current_ubatch_id() else 0
             self._deepstack_rows_read = start + num_tokens
-        self._resize_deepstack_input_embeds(start + num_tokens)
         views = [b[start : start + num_tokens] for b in self._deepstack_buffers]
         names = (f"deepstack_input_embeds_{level}" for level in range(len(views)))
         return IntermediateTensors(dict(zip(names, views)))
 
-    def _resize_deepstack_input_embeds(self, num_tokens: int) -> None:
-        """Makes room for `num_tokens` rows. Keeps what is staged; never shrinks."""
-        buffers, pad = self._deepstack_buffers, torch.nn.functional.pad
-        if (missing := num_tokens - buffers[0].size(0)) > 0:
-            self._deepstack_buffers = [pad(b, (0, 0, 0, missing)) for b in buffers]
-
     def _set_deepstack_input_embeds(self, deepstack_input_embeds: torch.Tensor) -> None:
-        """Stages a payload, `[levels, num_tokens, hidden_size]`, in place of any other.
-        Raises ValueError if its levels or hidden size are not the buffers'."""
-        if not (buffers := self._deepstack_buffers):
-            return
-        levels, num_tokens, size = deepstack_input_embeds.shape
-        if (levels, size) != (len(buffers), buffers[0].size(1)):
-            raise ValueError(
-                f"DeepStack payload of {levels} levels, hidden size {size}, for "
-                f"buffers of {len(buffers)} levels, hidden size {buffers[0].size(1)}"
-            )
+        """Stages a payload, `[levels, num_tokens, hidden_size]`, in another's place."""
         self._clear_deepstack_input_embeds(self.deepstack_input_embeds_num_tokens)
-        self._resize_deepstack_input_embeds(num_tokens)
+        num_tokens = deepstack_input_embeds.size(1)
         for buffer, level in zip(self._deepstack_buffers, deepstack_input_embeds):
             buffer[:num_tokens] = level
         self.deepstack_input_embeds_num_tokens = num_tokens
@@ -134,8 +117,7 @@ class DeepStackMixin(torch.nn.Module):
         `embed_input_ids` does."""
         if torch.compiler.is_compiling() or dbo_enabled():
             return
-        staged = self.deepstack_input_embeds_num_tokens
-        if staged > 0:
+        if staged := self.deepstack_input_embeds_num_tokens:
             for buffer in self._deepstack_buffers:
                 buffer[: min(num_tokens, staged)].zero_()
         if num_tokens >= staged:
@@ -153,11 +135,8 @@ class DeepStackMixin(torch.nn.Module):
         return [e if e.size(1) == size else next(found) for e in embeddings], *others
 
     def _compute_deepstack_embeds(
-        self,
-        inputs_embeds: torch.Tensor,
-        multimodal_embeddings: Sequence[torch.Tensor],
-        is_multimodal: torch.Tensor,
-    ) -> tuple[torch.Tensor | None, Sequence[torch.Tensor]]:
+        self, inputs_embeds, multimodal_embeddings, is_multimodal
+    ):
         """Splits embeddings, `[tokens, (1 + levels) * hidden_size]`: the levels as a
         payload, if there are any, and the decoder's inputs. `prompt_embeds` come among
         them, `[tokens, hidden_size]` (D14)."""

@@ -22,10 +22,8 @@ class MossAudioModel(DeepStackMixin):
         packed_hidden_size = hidden_size * (deepstack_count + 1)
         # D18: `prompt_embeds` have no levels.
         missing = {hidden_size: packed_hidden_size - hidden_size}
-        embeddings = [
-            torch.nn.functional.pad(e, (0, missing.get(e.shape[-1], 0)))
-            for e in embeddings
-        ]
+        pads = [(0, missing.get(e.shape[-1], 0)) for e in embeddings]
+        embeddings = [*map(torch.nn.functional.pad, embeddings, pads)]
         ...
 
     def _cache_deepstack_input_embeds(

@@ -24,9 +24,6 @@ class Qwen3OmniMoeThinkerMultiModalProcessor:
 
 
 class Qwen3OmniMoeThinkerForConditionalGeneration(DeepStackMixin):
-    # release: >=0.30,<0.33
-    _kv_consumers_get_mm_embeds = True
-
     def __init__(self, *, vllm_config, prefix=""):
         ...
         layers, levels = self.language_model.model.end_layer, self.deepstack_num_level
@@ -43,12 +40,10 @@ class Qwen3OmniMoeThinkerForConditionalGeneration(DeepStackMixin):
         self._clear_deepstack_input_embeds(self.deepstack_input_embeds_num_tokens)
         size = self.config.text_config.hidden_size
         given = () if multimodal_embeddings is None else multimodal_embeddings
-        vision = [e for e in given if e.size(1) != size]
-        if vision:
+        if vision := [e for e in given if e.size(1) != size]:
+            embed = self.language_model.embed_input_ids
             inputs_embeds = self._embed_text_input_ids(
-                input_ids,
-                self.language_model.embed_input_ids,
-                is_multimodal=is_multimodal,
+                input_ids, embed, is_multimodal=is_multimodal
             )
             # By token id: with `use_audio_in_video`, a video's and its audio's tokens
             # alternate, and all of the video's embeddings come first (D21). Only image
@@ -84,6 +79,5 @@ class Qwen3OmniMoeThinkerForConditionalGeneration(DeepStackMixin):
         for i, grid in enumerate(grids):
             grids[i] = grid + start
             start = int(grids[i].max(initial=start - 1)) + 1
-        return torch.from_numpy(np.concatenate(grids, axis=1)), start - len(
-            input_tokens
-        )
+        positions = torch.from_numpy(np.concatenate(grids, axis=1))
+        return positions, start - len(input_tokens)
