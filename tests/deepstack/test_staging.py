@@ -94,7 +94,7 @@ def test_features_land_in_their_rows_and_leave_with_their_step(name, batches):
 def test_audio_in_video(alternating, order):
     """Tokens of the two alternate; embeddings come one after the other. Other requests' media
     and `prompt_embeds` are in the step, before and after."""
-    model = make(OMNI)
+    model = make(OMNI, rows=3 * ROWS)
     spans = {0: [IMAGE, IMAGE], 1: [PROMPT_EMBEDS], 2: [AUDIO], 3: alternating}
     tokens, embeddings = [TEXT], []
     for seed in order:
@@ -116,7 +116,11 @@ def test_audio_in_video(alternating, order):
 @pytest.mark.parametrize("first", [True, False])
 def test_audio_in_video_beside_an_image(first):
     """D21: upstream told them apart by their lengths, up to 0.25.1."""
-    model, image, video = make(OMNI), [IMAGE, IMAGE], [VIDEO, AUDIO, VIDEO, VIDEO, AUDIO, VIDEO]
+    model, image, video = (
+        make(OMNI, rows=12),
+        [IMAGE, IMAGE],
+        [VIDEO, AUDIO, VIDEO, VIDEO, AUDIO, VIDEO],
+    )
     tokens = [TEXT, *image, TEXT, *video] if first else [TEXT, *video, TEXT, *image]
     embeddings = [embeds_for(VIDEO, 4, 1), embeds_for(AUDIO, 2, 2)]
     embeddings.insert(0 if first else 2, embeds_for(IMAGE, 2, 3))

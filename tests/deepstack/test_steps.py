@@ -143,7 +143,7 @@ def test_micro_batches_read_their_own_rows(name, monkeypatch, first, second):
     """D9: dual-batch overlap runs the second half while the first half has yet to read."""
     from vllm.v1.worker import ubatching
 
-    model = make(name)
+    model = make(name, rows=2 * ROWS)
     decoder = model.language_model.model
 
     def micro_batch(number: int, tokens: int) -> None:
