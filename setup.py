@@ -27,10 +27,10 @@ from wheel.wheelfile import WheelFile
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # a build isolated from the project leaves it out
 
-from tools import __version__, package_index, releases  # noqa: E402
-from tools.cli import UserError  # noqa: E402
-from tools.overlay.transaction import replace  # noqa: E402
-from tools.overlay.tree import Tree  # noqa: E402
+from vllm_deepstack import __version__, package_index, releases  # noqa: E402
+from vllm_deepstack.cli import UserError  # noqa: E402
+from vllm_deepstack.patch.transaction import replace  # noqa: E402
+from vllm_deepstack.patch.tree import Tree  # noqa: E402
 
 BUILD = HERE / "build"
 

@@ -17,10 +17,10 @@ from hypothesis import Phase, settings
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from tools import package_index, releases
-from tools.cli import UserError
-from tools.overlay.status import public_version
-from tools.overlay.verbs import installed
+from vllm_deepstack import package_index, releases
+from vllm_deepstack.cli import UserError
+from vllm_deepstack.patch.status import public_version
+from vllm_deepstack.patch.verbs import installed
 
 BUILD = releases.ROOT / "build"
 PR43617 = releases.ROOT / "tests" / "pr43617"

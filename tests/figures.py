@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks.machine import command
-from tools import ROOT, cli
+from vllm_deepstack import ROOT, cli
 
 from .conftest import version
 

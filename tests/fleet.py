@@ -27,10 +27,10 @@ import numpy as np
 import pytest
 from packaging.specifiers import SpecifierSet
 
-from tools import ROOT
-from tools.engines import import_path
-from tools.parity.compare import Run, tolerance
-from tools.parity.modes import EAGER, Mode
+from vllm_deepstack import ROOT
+from vllm_deepstack.check.compare import Run, tolerance
+from vllm_deepstack.check.modes import EAGER, Mode
+from vllm_deepstack.engines import import_path
 
 from .conftest import missing_gpus, version
 from .serving.engine import Engine

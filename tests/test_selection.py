@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from tests.conftest import rotated
-from tools import ROOT
+from vllm_deepstack import ROOT
 
 TEST = """
 import pytest

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from packaging.version import Version
 
-from tools import cli, package_index, releases
-from tools.cli import UserError
+from vllm_deepstack import cli, package_index, releases
+from vllm_deepstack.cli import UserError
 
 from . import backport
 from .checkout import Checkout, Commit

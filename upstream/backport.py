@@ -7,10 +7,10 @@ from pathlib import Path
 
 import libcst as cst
 
-from tools import releases
-from tools.cli import UserError
-from tools.overlay.merge import RELEASE, merge
-from tools.overlay.syntax import Statement, leading_lines, statements, with_statements
+from vllm_deepstack import releases
+from vllm_deepstack.cli import UserError
+from vllm_deepstack.merge.merge import RELEASE, merge
+from vllm_deepstack.merge.syntax import Statement, leading_lines, statements, with_statements
 
 from .checkout import Commit
 from .pulls import LICENSE

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.cli import UserError
+from vllm_deepstack.cli import UserError
 
 
 @dataclass(frozen=True)

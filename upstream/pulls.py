@@ -15,8 +15,8 @@ from pathlib import Path
 
 from packaging.version import Version
 
-from tools.cli import UserError
-from tools.overlay.merge import added, merge
+from vllm_deepstack.cli import UserError
+from vllm_deepstack.merge.merge import added, merge
 
 HERE = Path(__file__).parent
 # Those that are changes of another's files.

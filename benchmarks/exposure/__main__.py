@@ -32,11 +32,19 @@ from benchmarks.machine import machine
 from benchmarks.speed import page, results
 from benchmarks.speed.workers import Variant
 from tests.serving.test_gpu_engines import SPECULATIVE
-from tools import cli
-from tools.cli import UserError
-from tools.engines import EngineError, Job, engine_job, shared_cores, stopping
-from tools.parity.compare import Run, compare, tolerance
-from tools.parity.modes import BATCH_INVARIANT, EAGER, EXTENSION, MODES, REPLAYS, Mode, graphs
+from vllm_deepstack import cli
+from vllm_deepstack.check.compare import Run, compare, tolerance
+from vllm_deepstack.check.modes import (
+    BATCH_INVARIANT,
+    EAGER,
+    EXTENSION,
+    MODES,
+    REPLAYS,
+    Mode,
+    graphs,
+)
+from vllm_deepstack.cli import UserError
+from vllm_deepstack.engines import EngineError, Job, engine_job, shared_cores, stopping
 
 from .engine import load
 from .streams import STREAMS

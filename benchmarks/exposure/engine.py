@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from tools.engines import STAGE, make_engine, vllm_name
-from tools.parity.compare import Run
-from tools.parity.stepping import RefusedError, chunks, flush, replaying, step_through
+from vllm_deepstack.check.compare import Run
+from vllm_deepstack.check.stepping import RefusedError, chunks, flush, replaying, step_through
+from vllm_deepstack.engines import STAGE, make_engine, vllm_name
 
 from .streams import chunk
 from .traffic import Cell, joining, words

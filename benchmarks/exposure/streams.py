@@ -9,7 +9,7 @@ from typing import Any
 from tests.serving.streams import Picture
 from tests.serving.streams import Request as Sent
 from tests.serving.test_gpu_leaks import streams
-from tools.parity.stepping import Joining
+from vllm_deepstack.check.stepping import Joining
 
 STREAMS = {name.replace(" ", "-"): name for name in streams(then_text=True)}
 

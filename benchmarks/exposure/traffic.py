@@ -12,8 +12,8 @@ from PIL.Image import Image
 from benchmarks.geo3k import INSTRUCTION
 from benchmarks.geo3k_nano import questions
 from benchmarks.geo3k_nano.drawing import TILE, TILES
-from tools.parity.probes import IDLE
-from tools.parity.stepping import Joining
+from vllm_deepstack.check.probes import IDLE
+from vllm_deepstack.check.stepping import Joining
 
 from . import streams
 from .streams import STREAMS

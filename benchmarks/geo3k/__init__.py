@@ -1,6 +1,6 @@
 """Accuracy on Geo3K: of vLLM's engines, eager and compiled, of Transformers, of endpoints."""
 
-from tools.cli import UserError
+from vllm_deepstack.cli import UserError
 
 INSTRUCTION = "Reason step by step. Put the final answer in \\boxed{}."
 """What is asked for beside the question."""

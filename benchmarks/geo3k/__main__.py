@@ -17,8 +17,8 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.machine import machine
-from tools import cli
-from tools.cli import UserError
+from vllm_deepstack import cli
+from vllm_deepstack.cli import UserError
 
 from . import INSTRUCTION
 from .data import GEO3K, load

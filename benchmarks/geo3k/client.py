@@ -12,7 +12,7 @@ from typing import Any
 
 import openai
 
-from tools.cli import UserError
+from vllm_deepstack.cli import UserError
 
 from .answers import Answers, Asked
 

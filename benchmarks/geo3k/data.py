@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 from PIL import Image, UnidentifiedImageError
 
-from tools.cli import UserError
+from vllm_deepstack.cli import UserError
 
 from . import INSTRUCTION, UnreachableError
 

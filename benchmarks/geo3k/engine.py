@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tools.engines import STAGE, make_engine, vllm_name
-from tools.parity.engine import open_image
+from vllm_deepstack.check.engine import open_image
+from vllm_deepstack.engines import STAGE, make_engine, vllm_name
 
 from .answers import Answers, Asked
 

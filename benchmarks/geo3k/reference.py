@@ -12,9 +12,9 @@ import torch
 import transformers
 from transformers import AutoProcessor
 
-from tools.engines import STAGE
-from tools.parity.engine import open_image
-from tools.parity.reference import load
+from vllm_deepstack.check.engine import open_image
+from vllm_deepstack.check.reference import load
+from vllm_deepstack.engines import STAGE
 
 from .answers import Answers, Asked
 

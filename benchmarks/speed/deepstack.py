@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import machine
-from tools import cli
-from tools.cli import UserError
+from vllm_deepstack import cli
+from vllm_deepstack.cli import UserError
 
 from . import plots, results
 from .workers import Variant, workers

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tools.cli import UserError
+from vllm_deepstack.cli import UserError
 
 
 def add_variants(parser: argparse.ArgumentParser) -> None:

@@ -28,8 +28,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.machine import machine
-from tools import cli
-from tools.cli import UserError
+from vllm_deepstack import cli
+from vllm_deepstack.cli import UserError
 
 from . import models, plots, results
 from .workers import Variant, Worker, workers

@@ -27,9 +27,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.machine import machine
-from tools import ROOT, cli
-from tools.cli import UserError
-from tools.overlay.tree import Tree
+from vllm_deepstack import ROOT, cli
+from vllm_deepstack.cli import UserError
+from vllm_deepstack.patch.tree import Tree
 
 from . import plots, results
 
@@ -51,7 +51,7 @@ IMPORT = """
 import sys, time
 began = time.perf_counter()
 from pathlib import Path
-from tools.overlay.tree import Tree
+from vllm_deepstack.patch.tree import Tree
 imported = time.perf_counter()
 Tree(Path(sys.argv[1])).{call}()
 print(imported - began, time.perf_counter() - imported)
@@ -60,7 +60,7 @@ print(imported - began, time.perf_counter() - imported)
 PLUGIN = """
 import sys, time
 began = time.perf_counter()
-import tools.overlay.plugin
+import vllm_deepstack.plugin
 imported = time.perf_counter()
 for name in ("qwen3_vl", "deepstack"):
     spec = sys.meta_path[0].find_spec(f"vllm.model_executor.models.{name}")
@@ -133,7 +133,7 @@ def run(command: list[str], parts: dict[str, str], **env: str) -> dict[str, Any]
 
 def apply(tree: Path, repeats: int = 5) -> dict[str, Any]:
     """The command; then its parts, in processes that do the same and look at the clock."""
-    overlay = [sys.executable, "-m", "tools"]
+    overlay = [sys.executable, "-m", "vllm_deepstack"]
     whole: list[float] = []
     least: list[float] = []
     files = [str(root / path) for path in Tree(tree).overlay for root in (ROOT, tree)]
@@ -209,7 +209,7 @@ def benchmark(args: argparse.Namespace, options: list[str], progress: Progress) 
                 runs[name].append(run(["make", "wheel"], WHEEL, VLLM_TARGET_DEVICE=device))
             if args.model:
                 step("parity check")
-                check = [sys.executable, "-m", "tools", "check", "--model", args.model]
+                check = [sys.executable, "-m", "vllm_deepstack", "check", "--model", args.model]
                 check += ["--modes", "default", *options]
                 runs["parity check"].append(run(check, PARITY, VLLM_CACHE_ROOT=folder))
     return {

@@ -14,7 +14,7 @@ import jsonschema
 import pytest
 import yaml
 
-from tools.releases import ROOT, releases
+from vllm_deepstack.releases import ROOT, releases
 
 SCHEMA = json.loads((files("buildkite_sdk") / "schema.json").read_text())
 FOLDER = ROOT / ".buildkite"

@@ -17,9 +17,9 @@ import pytest
 
 from tests import conftest
 from tests.conftest import PR43617
-from tools import releases
-from tools.overlay.status import public_version
-from tools.overlay.tree import Tree
+from vllm_deepstack import releases
+from vllm_deepstack.patch.status import public_version
+from vllm_deepstack.patch.tree import Tree
 
 DEFAULT = str(releases.default().version)
 OTHERS = [str(version) for version in releases.releases() if str(version) != DEFAULT]

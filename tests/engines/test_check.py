@@ -16,13 +16,13 @@ from rich.console import Console
 
 from tests import tiny_models
 from tests.serving.soak import DifferenceError
-from tools import ROOT
-from tools.overlay.tree import Tree
-from tools.overlay.verbs import installed
-from tools.parity.modes import EAGER, REPLAYS
-from tools.parity.report import leaked, report, sentences
-from tools.parity.run import arm_job, run, write_spec
-from tools.parity.samples import builtin
+from vllm_deepstack import ROOT
+from vllm_deepstack.check.modes import EAGER, REPLAYS
+from vllm_deepstack.check.report import leaked, report, sentences
+from vllm_deepstack.check.run import arm_job, run, write_spec
+from vllm_deepstack.check.samples import builtin
+from vllm_deepstack.patch.tree import Tree
+from vllm_deepstack.patch.verbs import installed
 
 SCHEMA = json.loads((ROOT / "docs/schemas/check.json").read_text())
 MIXIN, QWEN3_VL = (f"vllm/model_executor/models/{name}.py" for name in ("deepstack", "qwen3_vl"))
@@ -65,7 +65,7 @@ def small(model: Path) -> list[str]:
 
 def check(model: Path, folder: Path, *options: str, **more: str) -> tuple[int, dict[str, Any]]:
     """Runs the command: (exit code, report)."""
-    command = [sys.executable, "-m", "tools", "check", *small(model), *options]
+    command = [sys.executable, "-m", "vllm_deepstack", "check", *small(model), *options]
     files = {name: folder / f"check.{name}" for name in ("json", "html", "junit")}
     command += [part for name, file in files.items() for part in (f"--{name}", str(file))]
     env = os.environ | {"VLLM_CACHE_ROOT": str(folder / "cache"), "HF_HUB_OFFLINE": "1"} | more

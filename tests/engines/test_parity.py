@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import PR43617
-from tools import __version__, releases
-from tools.overlay.tree import Tree
-from tools.parity.report import leaked
-from tools.parity.samples import builtin
+from vllm_deepstack import __version__, releases
+from vllm_deepstack.check.report import leaked
+from vllm_deepstack.check.samples import builtin
+from vllm_deepstack.patch.tree import Tree
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -55,7 +55,7 @@ def parity(models, samples, tmp_path):
     def run(
         model: str, *options: object, cache: Path | None = None, **more: str
     ) -> tuple[int, dict]:
-        command = [sys.executable, "-m", "tools", "check", "--model", models[model]]
+        command = [sys.executable, "-m", "vllm_deepstack", "check", "--model", models[model]]
         command += [
             "--dtype",
             "float32",
@@ -211,8 +211,8 @@ def test_model_without_images(tmp_path):
     tiny_models.draw_weights(model, 0)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    command = [sys.executable, "-m", "tools", "check", "--model", tmp_path / "model", *SMALL]
-    command += ["--dtype", "float32", "--num-samples", "2", "--max-tokens", "3", "--json"]
+    command = [sys.executable, "-m", "vllm_deepstack", "check", "--model", tmp_path / "model"]
+    command += [*SMALL, "--dtype", "float32", "--num-samples", "2", "--max-tokens", "3", "--json"]
     env = os.environ | {"VLLM_CACHE_ROOT": str(tmp_path), "VLLM_CPU_KVCACHE_SPACE": "1"}
     done = subprocess.run(
         [str(part) for part in [*command, "--side-by-side", "--reference"]],
@@ -232,7 +232,7 @@ def test_model_that_vllm_cannot_load(tmp_path):
     (tmp_path / "config.json").write_text(
         '{"model_type": "nonsense", "architectures": ["NonsenseForCausalLM"]}'
     )
-    command = [sys.executable, "-m", "tools", "check", "--model", str(tmp_path)]
+    command = [sys.executable, "-m", "vllm_deepstack", "check", "--model", str(tmp_path)]
     done = subprocess.run(command, cwd=releases.ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "eager failed" in done.stderr and "nonsense" in done.stderr

@@ -16,10 +16,10 @@ import transformers
 from benchmarks.exposure import __main__ as exposure
 from benchmarks.exposure.traffic import LENGTHS, MEAN, Cell, Request, joining, requests
 from tests import tiny_models
-from tools import ROOT
-from tools.parity.compare import Run
-from tools.parity.modes import BATCH_INVARIANT, BREAKABLE
-from tools.parity.probes import IDLE
+from vllm_deepstack import ROOT
+from vllm_deepstack.check.compare import Run
+from vllm_deepstack.check.modes import BATCH_INVARIANT, BREAKABLE
+from vllm_deepstack.check.probes import IDLE
 
 POISSON = Cell("poisson", 4, 0.5)
 LOCK_STEP = replace(POISSON, arrivals="lock-step")

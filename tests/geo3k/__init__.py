@@ -1,3 +1,3 @@
-from tools import ROOT
+from vllm_deepstack import ROOT
 
 NANO = ROOT / "benchmarks" / "geo3k_nano"

@@ -9,7 +9,7 @@ from benchmarks.geo3k.data import load
 from benchmarks.geo3k_nano.dataset import FEATURES
 from benchmarks.geo3k_nano.dataset import main as generate
 from tests.geo3k import NANO
-from tools.cli import UserError
+from vllm_deepstack.cli import UserError
 
 WHITE = Image.new("RGB", (64, 32), "white")
 

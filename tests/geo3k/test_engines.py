@@ -21,7 +21,7 @@ from benchmarks.geo3k.__main__ import main
 from benchmarks.geo3k.data import load
 from benchmarks.geo3k.grading import correct
 from tests.geo3k import NANO
-from tools.__main__ import main as vllm_deepstack
+from vllm_deepstack.__main__ import main as vllm_deepstack
 
 pytestmark = pytest.mark.engine
 SAMPLES = 20

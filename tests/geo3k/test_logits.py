@@ -19,11 +19,11 @@ from benchmarks.geo3k.data import Question, load
 from tests.fleet import DTYPE, NANO
 from tests.serving.modes import cases
 from tests.serving.soak import DifferenceError
-from tools.parity.compare import tolerance
-from tools.parity.modes import DEFAULT, EAGER
-from tools.parity.report import largest, report, show
-from tools.parity.run import Result, arm_job, reference_job, run, write_spec
-from tools.parity.samples import Sample
+from vllm_deepstack.check.compare import tolerance
+from vllm_deepstack.check.modes import DEFAULT, EAGER
+from vllm_deepstack.check.report import largest, report, show
+from vllm_deepstack.check.run import Result, arm_job, reference_job, run, write_spec
+from vllm_deepstack.check.samples import Sample
 
 from . import NANO as FILES
 

@@ -16,7 +16,7 @@ from benchmarks.geo3k.data import Question
 from benchmarks.geo3k.report import plot, report, show
 from benchmarks.geo3k.runs import Outcome, Run, claim, fingerprint
 from tests.geo3k import NANO
-from tools.cli import UserError
+from vllm_deepstack.cli import UserError
 
 DATA = ["--dataset", str(NANO / "data")]
 

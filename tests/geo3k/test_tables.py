@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.logits.__main__ import table
-from tools import ROOT
+from vllm_deepstack import ROOT
 
 
 @pytest.mark.parametrize("release, geo3k", [("0.33.0", False), ("0.22.1", True)])

@@ -12,10 +12,10 @@ import pytest
 import yaml
 from buildkite_sdk import Pipeline
 
-from tools import ROOT
-from tools.__main__ import parser
-from tools.lint.rules import RULES
-from tools.lint.verb import lint
+from vllm_deepstack import ROOT
+from vllm_deepstack.__main__ import parser
+from vllm_deepstack.lint.rules import RULES
+from vllm_deepstack.lint.verb import lint
 
 PAGE = (ROOT / "docs/authors.md").read_text()
 (MODEL,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
@@ -128,7 +128,8 @@ def test_the_lint_step_fails_on_a_broken_model(tmp_path):
     """As a CI runs it, in a repository of models."""
     (tmp_path / "models").mkdir()
     (command,) = {c for c in COMMANDS if c.endswith("lint --format github models/")}
-    command = command.replace("vllm-deepstack", f"PYTHONPATH={ROOT} {sys.executable} -m tools")
+    ours = f"PYTHONPATH={ROOT} {sys.executable} -m vllm_deepstack"
+    command = command.replace("vllm-deepstack", ours)
     for text, code in ((MODEL, 0), (MODEL.replace(f"        {CLEAR}\n", ""), 1)):
         (tmp_path / "models/model.py").write_text(text)
         done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)

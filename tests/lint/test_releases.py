@@ -8,11 +8,11 @@ import shutil
 
 import pytest
 
-from tools import ROOT
-from tools.cli import uncollected
-from tools.lint.rules import RULES
-from tools.lint.verb import lint
-from tools.overlay.tree import Tree
+from vllm_deepstack import ROOT
+from vllm_deepstack.cli import uncollected
+from vllm_deepstack.lint.rules import RULES
+from vllm_deepstack.lint.verb import lint
+from vllm_deepstack.patch.tree import Tree
 
 ROW = re.compile(
     r"^\| (?P<releases>[\d., ]+) \| (?P<code>DS\d+) \| `(?P<file>.+)` \| `(?P<state>.+)` "

@@ -9,10 +9,10 @@ from textwrap import dedent, indent
 import jsonschema
 import pytest
 
-from tools import ROOT
-from tools.__main__ import main
-from tools.lint.rules import RULES
-from tools.lint.verb import lint
+from vllm_deepstack import ROOT
+from vllm_deepstack.__main__ import main
+from vllm_deepstack.lint.rules import RULES
+from vllm_deepstack.lint.verb import lint
 
 MODEL = """
 import torch

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tools.cli import UserError
-from tools.overlay.tree import Tree
+from vllm_deepstack.cli import UserError
+from vllm_deepstack.patch.tree import Tree
 
 MODELS = "vllm/model_executor/models"
 KILLED = 9
@@ -32,7 +32,7 @@ WRITES = {
     "os.chown",
     "os.setxattr",
     "os.utime",
-    "tools.overlay.exchange",
+    "vllm_deepstack.exchange",
 }
 
 

@@ -10,10 +10,10 @@ import tempfile
 from itertools import groupby
 from pathlib import Path
 
-from tools import package_index, releases
-from tools.overlay.defects import DEFECTS
-from tools.overlay.status import LEFT, Status, status
-from tools.overlay.tree import Tree
+from vllm_deepstack import package_index, releases
+from vllm_deepstack.patch.defects import DEFECTS
+from vllm_deepstack.patch.status import LEFT, Status, status
+from vllm_deepstack.patch.tree import Tree
 
 Statuses = dict[str, tuple[Status, Status]]
 MARKS = {"present": "✗", "latent": "·"}

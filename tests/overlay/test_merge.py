@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
 
-from tools.cli import UserError
-from tools.overlay.merge import added, is_needed, merge
+from vllm_deepstack.cli import UserError
+from vllm_deepstack.merge.merge import added, is_needed, merge
 
 PATH = "vllm/model_executor/models/tower.py"
 BASE = "vllm/model_executor/models/base.py"

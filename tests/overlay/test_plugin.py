@@ -15,24 +15,23 @@ from typing import Any
 import pytest
 
 from tests.conftest import PR43617
-from tools import ROOT, __version__, releases
-from tools.overlay import STATE
-from tools.overlay.defects import MODELS
-from tools.overlay.tree import Tree
+from vllm_deepstack import ROOT, STATE, __version__, releases
+from vllm_deepstack.patch.defects import MODELS
+from vllm_deepstack.patch.tree import Tree
 
 QWEN3_VL = f"{MODELS}/qwen3_vl.py"
 NEWEST = str(max(releases.releases()))
 PLUGIN = """
 import json, sys
 before = set(sys.modules)
-import tools.overlay.plugin as plugin
+import vllm_deepstack.plugin as plugin
 new = {name.partition(".")[0] for name in set(sys.modules) - before}
 finders = [f for f in sys.meta_path if isinstance(f, plugin.Finder)]
 print(json.dumps({
     "level": plugin.OUTCOME[0],
     "text": plugin.OUTCOME[1],
     "files": {name: str(path) for f in finders for name, (path, _) in f.files.items()},
-    "imported": sorted(new - set(sys.stdlib_module_names) - {"tools", "__mp_main__"}),
+    "imported": sorted(new - set(sys.stdlib_module_names) - {"vllm_deepstack", "__mp_main__"}),
 }))
 plugin.register()
 """
@@ -253,7 +252,7 @@ class TestAsReleased:
         )
         self.refuses(plugin, root, words, before=before)
         assert (
-            "`import tools.overlay.plugin` earlier, or use `vllm-deepstack apply`" in plugin.stderr
+            "`import vllm_deepstack.plugin` earlier, or use `vllm-deepstack apply`" in plugin.stderr
         )
 
 
@@ -311,7 +310,7 @@ class TestNewerRelease:
 
 
 def test_the_table_has_what_the_newest_release_had(release_sources):
-    """`python -m tools.package_index pin` writes it."""
+    """`python -m vllm_deepstack.package_index pin` writes it."""
     tree = Tree(release_sources(NEWEST))
     assert {path: tree.replaced(path) for path in tree.release.sources} == releases.replaced()
 
@@ -379,7 +378,7 @@ os.chdir({str(tmp_path)!r})
 
 def test_compiles_what_was_verified(tmp_path):
     """And neither bytecode, nor a file that was changed since."""
-    from tools.overlay.plugin import Loader
+    from vllm_deepstack.plugin import Loader
 
     file = tmp_path / "module.py"
     file.write_text("VALUE = 2\n")

@@ -15,12 +15,12 @@ import pytest
 from packaging.version import Version
 
 from tests.conftest import PR43617
-from tools import releases
-from tools.__main__ import main
-from tools.overlay import STATE, verdict
-from tools.overlay.defects import CONFIG, DEFECTS, KINDS, MODELS
-from tools.overlay.status import Status, status
-from tools.overlay.tree import Tree
+from vllm_deepstack import STATE, releases
+from vllm_deepstack.__main__ import main
+from vllm_deepstack.patch import verdict
+from vllm_deepstack.patch.defects import CONFIG, DEFECTS, KINDS, MODELS
+from vllm_deepstack.patch.status import Status, status
+from vllm_deepstack.patch.tree import Tree
 
 from . import table
 from .table import statuses
@@ -443,7 +443,7 @@ def test_an_older_overlay(release_sources):
 
 def test_the_installed_vllm():
     """Without a tree, that of this Python: here, the fork's wheel."""
-    command = [sys.executable, "-m", "tools", "status", "--json"]
+    command = [sys.executable, "-m", "vllm_deepstack", "status", "--json"]
     done = subprocess.run(command, cwd=releases.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "present" not in json.loads(done.stdout)["defects"].values()

@@ -13,10 +13,10 @@ import sys
 import pytest
 
 from tests import conftest
-from tools import releases
-from tools.__main__ import main
-from tools.overlay import transaction
-from tools.overlay.tree import Tree
+from vllm_deepstack import releases
+from vllm_deepstack.__main__ import main
+from vllm_deepstack.patch import transaction
+from vllm_deepstack.patch.tree import Tree
 
 from .faults import MODELS, OTHER_USER, code, content, overlays
 
@@ -73,7 +73,7 @@ def test_two_at_once(sources, verb, capsys):
 def test_no_room(sources, room):
     """Files may not grow beyond it: the system refuses to write, as on a full disk."""
     before = content(sources)
-    command = [sys.executable, "-m", "tools", "apply", str(sources)]
+    command = [sys.executable, "-m", "vllm_deepstack", "apply", str(sources)]
     done = subprocess.run(
         command,
         cwd=releases.ROOT,

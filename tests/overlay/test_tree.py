@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from tools import releases
-from tools.__main__ import main
-from tools.cli import UserError
-from tools.overlay import tree
-from tools.overlay.tree import Tree
+from vllm_deepstack import releases
+from vllm_deepstack.__main__ import main
+from vllm_deepstack.cli import UserError
+from vllm_deepstack.patch import tree
+from vllm_deepstack.patch.tree import Tree
 
 MODELS = "vllm/model_executor/models"
 QWEN3_VL = f"{MODELS}/qwen3_vl.py"
@@ -178,7 +178,7 @@ class TestErrors:
             if os.geteuid() == 0
             else []
         )
-        command = [*drop, sys.executable, "-m", "tools", "apply", str(sources)]
+        command = [*drop, sys.executable, "-m", "vllm_deepstack", "apply", str(sources)]
         done = subprocess.run(command, cwd=releases.ROOT, capture_output=True, text=True)
         for folder in folders:
             folder.chmod(0o755)

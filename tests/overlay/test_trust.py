@@ -21,10 +21,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import examples
-from tools import releases
-from tools.__main__ import main
-from tools.overlay import STATE, transaction
-from tools.overlay.tree import Tree
+from vllm_deepstack import STATE, releases
+from vllm_deepstack.__main__ import main
+from vllm_deepstack.patch import transaction
+from vllm_deepstack.patch.tree import Tree
 
 from .faults import MODELS, OTHER_USER, content, give_away, overlays, owners
 
@@ -309,7 +309,7 @@ def test_a_file_of_another_user_in_a_tree_of_one_s_own(sources):
     os.chown(sources / QWEN3_VL, OTHER_USER, OTHER_USER)
     before, owned = content(sources), attributes(sources)
     drop = ["setpriv", "--bounding-set=-chown", "--inh-caps=-chown"]
-    command = [*drop, sys.executable, "-m", "tools", "apply", str(sources)]
+    command = [*drop, sys.executable, "-m", "vllm_deepstack", "apply", str(sources)]
     done = subprocess.run(command, cwd=releases.ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "cannot be written to" in done.stderr and "nothing was changed" in done.stderr
@@ -325,7 +325,7 @@ cp -a {sources}/{mounted} {tmp_path}/copy
 mount -t tmpfs none {sources}/{mounted}
 cp -a {tmp_path}/copy/. {sources}/{mounted}
 set +e
-{sys.executable} -m tools apply {sources}
+{sys.executable} -m vllm_deepstack apply {sources}
 echo "exit code $?"
 diff -r {tmp_path}/copy {sources}/{mounted} && echo unchanged
 """

@@ -15,14 +15,14 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from tools import ROOT, __version__
-from tools.__main__ import main, parser
-from tools.overlay.tree import Tree
+from vllm_deepstack import ROOT, __version__
+from vllm_deepstack.__main__ import main, parser
+from vllm_deepstack.patch.tree import Tree
 
 from .faults import content
 from .test_status import SCHEMA
 
-COMMAND = [sys.executable, "-m", "tools"]
+COMMAND = [sys.executable, "-m", "vllm_deepstack"]
 VERBS = ("status", "apply", "revert", "diff", "check", "lint")
 
 
@@ -120,9 +120,9 @@ def test_ctrl_c(release_sources):
     before = content(root)
     code = f"""
 import os, signal, sys
-from tools.__main__ import main
+from vllm_deepstack.__main__ import main
 def hook(event, args):
-    if event == "tools.overlay.exchange":
+    if event == "vllm_deepstack.exchange":
         os.kill(os.getpid(), signal.SIGINT)
 sys.addaudithook(hook)
 sys.exit(main(["apply", {str(root)!r}]))
@@ -143,7 +143,7 @@ def site(release_sources) -> Path:
     info.mkdir()
     (info / "METADATA").write_text(f"Name: vllm-deepstack\nVersion: {__version__}\n")
     (info / "entry_points.txt").write_text(
-        "[vllm.general_plugins]\ndeepstack = vllm_deepstack.overlay.plugin:register\n"
+        "[vllm.general_plugins]\ndeepstack = vllm_deepstack.plugin:register\n"
     )
     return root
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tools.parity.engine import save
+from vllm_deepstack.check.engine import save
 
 if __name__ == "__main__":
     arrays = {"prompt_0": np.array([1]), "tokens_0": np.array([2]), "logits_0": np.ones((1, 3))}

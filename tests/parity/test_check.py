@@ -19,20 +19,20 @@ from junitparser import JUnitXml
 from PIL import Image
 from rich.console import Console
 
-from tools import ROOT
-from tools.__main__ import main
-from tools.cli import UserError
-from tools.engines import EngineError, Job
-from tools.parity import engine
-from tools.parity.compare import Run
-from tools.parity.junit import junit
-from tools.parity.modes import BREAKABLE, DEFAULT
-from tools.parity.page import page
-from tools.parity.probes import media_in_pieces, media_then_text, picture, tone
-from tools.parity.report import TEXT_ALONE, Report, exit_code, report, sentences, show
-from tools.parity.run import Result, outcomes, run
-from tools.parity.samples import Sample, builtin, load, with_images
-from tools.parity.stepping import RefusedError, Served
+from vllm_deepstack import ROOT
+from vllm_deepstack.__main__ import main
+from vllm_deepstack.check import engine
+from vllm_deepstack.check.compare import Run
+from vllm_deepstack.check.junit import junit
+from vllm_deepstack.check.modes import BREAKABLE, DEFAULT
+from vllm_deepstack.check.page import page
+from vllm_deepstack.check.probes import media_in_pieces, media_then_text, picture, tone
+from vllm_deepstack.check.report import TEXT_ALONE, Report, exit_code, report, sentences, show
+from vllm_deepstack.check.run import Result, outcomes, run
+from vllm_deepstack.check.samples import Sample, builtin, load, with_images
+from vllm_deepstack.check.stepping import RefusedError, Served
+from vllm_deepstack.cli import UserError
+from vllm_deepstack.engines import EngineError, Job
 
 SCHEMA = json.loads((ROOT / "docs/schemas/check.json").read_text())
 
@@ -528,12 +528,11 @@ class TestErrors:
             outcomes([jobs[1], jobs[0]], tmp_path / "job.json", console, at_once)
 
     def test_a_mistake_of_ours_is_no_verdict(self, capsys, monkeypatch):
-        monkeypatch.setattr("tools.parity.check.validate", lambda args, trees: 1 / 0)
+        monkeypatch.setattr("vllm_deepstack.check.check.validate", lambda args, trees: 1 / 0)
         assert main(["check", "--model", "m"]) == 2
         assert "ZeroDivisionError" in capsys.readouterr().err
 
     def test_help_says_the_exit_codes(self):
-        done = subprocess.run(
-            [sys.executable, "-m", "tools", "check", "--help"], capture_output=True, text=True
-        )
+        command = [sys.executable, "-m", "vllm_deepstack", "check", "--help"]
+        done = subprocess.run(command, capture_output=True, text=True)
         assert "0 it agrees, 1 it diverges or leaks, 2 the check could not run" in done.stdout

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from tools.parity.compare import TOLERANCE, Run, compare, kl_divergence, tolerance
+from vllm_deepstack.check.compare import TOLERANCE, Run, compare, kl_divergence, tolerance
 
 
 def run(tokens, logits) -> Run:

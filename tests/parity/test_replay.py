@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.conftest import BUILD, examples
-from tools.overlay.verbs import installed
-from tools.parity import replay
+from vllm_deepstack.check import replay
+from vllm_deepstack.patch.verbs import installed
 
 ROWS, INDEX, WEIGHT = 16, torch.tensor([2, 0]), torch.linspace(-1, 1, 9).view(3, 3)
 PAD_SLOTS = replay.pad_slots

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from tools.engines import engine_job, make_engine, stopping
-from tools.parity.compare import Run
-from tools.parity.engine import answer
-from tools.parity.run import Result
-from tools.parity.stepping import (
+from vllm_deepstack.check.compare import Run
+from vllm_deepstack.check.engine import answer
+from vllm_deepstack.check.run import Result
+from vllm_deepstack.check.stepping import (
     Joining,
     RefusedError,
     budget,
@@ -30,6 +29,7 @@ from tools.parity.stepping import (
     replaying,
     step_through,
 )
+from vllm_deepstack.engines import engine_job, make_engine, stopping
 
 from .streams import Request, Text
 

@@ -8,8 +8,8 @@ from packaging.specifiers import SpecifierSet
 
 from tests.conftest import version
 from tests.fleet import Case
-from tools.parity import modes
-from tools.parity.modes import BATCH_INVARIANT, BREAKABLE, DEFAULT, PIECEWISE, V1, Mode
+from vllm_deepstack.check import modes
+from vllm_deepstack.check.modes import BATCH_INVARIANT, BREAKABLE, DEFAULT, PIECEWISE, V1, Mode
 
 # Captured for prefill, FlashAttention 3 does not decode: of text alone, too, and as released, the
 # second token is wrong, by up to 32 (H100, bfloat16, 0.22.1 and 0.33.0).

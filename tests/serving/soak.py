@@ -23,9 +23,9 @@ from hypothesis import HealthCheck, Phase
 from hypothesis.errors import Flaky
 from tqdm import tqdm
 
-from tools.cli import UserError
-from tools.engines import EngineError, bound, shared_cores
-from tools.parity.compare import TOLERANCE, Difference, Run, compare
+from vllm_deepstack.check.compare import TOLERANCE, Difference, Run, compare
+from vllm_deepstack.cli import UserError
+from vllm_deepstack.engines import EngineError, bound, shared_cores
 
 from .engine import Engine
 from .streams import LIMITS, MAX_MODEL_LEN, Request, streams

@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 from PIL import Image
 
-from tools.parity.samples import drawing
+from vllm_deepstack.check.samples import drawing
 
 MAX_MODEL_LEN = 512
 LIMITS = {"image": 3, "video": 1, "audio": 1}

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from tests.tiny_models import HIDDEN
-from tools.engines import EngineError
-from tools.overlay.tree import Tree
-from tools.parity.compare import TOLERANCE, Run, compare
+from vllm_deepstack.check.compare import TOLERANCE, Run, compare
+from vllm_deepstack.engines import EngineError
+from vllm_deepstack.patch.tree import Tree
 
 from .engine import Engine
 from .soak import (

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.fleet import DTYPE, Case, Mode
-from tools.parity.compare import TOLERANCE
-from tools.parity.modes import DEFAULT, graphs
+from vllm_deepstack.check.compare import TOLERANCE
+from vllm_deepstack.check.modes import DEFAULT, graphs
 
 from .soak import DifferenceError, Soak, modalities, with_prompt_embeds
 from .streams import Audio, Picture, Request, Text

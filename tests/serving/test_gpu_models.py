@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.fleet import DTYPE, Case, Mode
-from tools.engines import EngineError
-from tools.parity.compare import TOLERANCE, compare
+from vllm_deepstack.check.compare import TOLERANCE, compare
+from vllm_deepstack.engines import EngineError
 
 from .modes import BREAKABLE, DEFAULT, FULL, V1, cases
 from .soak import DifferenceError

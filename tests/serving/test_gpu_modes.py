@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.fleet import CHECKPOINT, DTYPE, Mode
-from tools.parity.compare import TOLERANCE
+from vllm_deepstack.check.compare import TOLERANCE
 
 from .engine import sleep_and_wake
 from .modes import cases

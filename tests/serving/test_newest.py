@@ -18,9 +18,9 @@ from packaging.specifiers import SpecifierSet
 
 from tests import tiny_models
 from tests.conftest import version
-from tools.engines import bound
-from tools.overlay.verbs import installed
-from tools.parity.compare import TOLERANCE, compare
+from vllm_deepstack.check.compare import TOLERANCE, compare
+from vllm_deepstack.engines import bound
+from vllm_deepstack.patch.verbs import installed
 
 from .engine import Engine
 from .soak import DifferenceError, Soak, oracle_options, served_options

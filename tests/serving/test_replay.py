@@ -1,5 +1,5 @@
 """No request sees another's image (D2), none loses its own (D1), where CUDA graphs are replayed:
-on CPU engines, whose `forward` is recorded and replayed (tools/parity/replay.py).
+on CPU engines, whose `forward` is recorded and replayed (vllm_deepstack/check/replay.py).
 
 Each request's logits against the same request's alone, in Python; and, where a step is replayed, to
 the digit against Python on as many rows.
@@ -20,8 +20,8 @@ from packaging.specifiers import SpecifierSet
 from tests import tiny_models
 from tests.conftest import can_run_experts, version
 from tests.fleet import MODELS as SINCE
-from tools.engines import bound
-from tools.parity.compare import TOLERANCE, Run, compare
+from vllm_deepstack.check.compare import TOLERANCE, Run, compare
+from vllm_deepstack.engines import bound
 
 from .engine import Engine
 from .soak import DifferenceError, Soak, served_options

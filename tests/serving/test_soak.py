@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tools.engines import EngineError
-from tools.parity.compare import Run
+from vllm_deepstack.check.compare import Run
+from vllm_deepstack.engines import EngineError
 
 from .soak import DifferenceError, Soak
 from .streams import Audio, Picture, Request, Text

@@ -6,8 +6,8 @@ its worker processes: `--worker-extension-cls tests.serving.unpinned.Unpinned`.
 
 from inspect import signature
 
-from tools.parity.replay import Replay
 from vllm.utils import torch_utils
+from vllm_deepstack.check.replay import Replay
 
 torch_utils.PIN_MEMORY = False
 if "pin_memory" in signature(torch_utils.async_tensor_h2d).parameters:

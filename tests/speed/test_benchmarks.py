@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from benchmarks.speed import deepstack, page, serving, staging, tools
 from benchmarks.speed.models import SHAPES, write
 from benchmarks.speed.workers import Variant, workers
-from tools import cli
-from tools.cli import UserError
+from vllm_deepstack import cli
+from vllm_deepstack.cli import UserError
 
 
 def test_page_has_what_the_results_say():

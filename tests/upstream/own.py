@@ -24,9 +24,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tools import cli, package_index, releases
-from tools.cli import UserError
-from tools.overlay.tree import Tree
+from vllm_deepstack import cli, package_index, releases
+from vllm_deepstack.cli import UserError
+from vllm_deepstack.patch.tree import Tree
 
 BUILD = releases.ROOT / "build"
 WORK = BUILD / "upstream"

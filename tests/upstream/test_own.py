@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from tests.upstream import own
-from tools import ROOT, cli, releases
-from tools.overlay.tree import overlay_files
+from vllm_deepstack import ROOT, cli, releases
+from vllm_deepstack.patch.tree import overlay_files
 
 DEFAULT = str(releases.default().version)
 CONTRACT = "tests/compile/test_deepstack_input_contract.py"

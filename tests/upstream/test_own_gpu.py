@@ -16,9 +16,9 @@ from packaging.version import Version
 
 from tests.conftest import BUILD, version
 from tests.serving.soak import DifferenceError
-from tools import package_index, releases
-from tools.engines import import_path
 from upstream.pulls import pulls
+from vllm_deepstack import package_index, releases
+from vllm_deepstack.engines import import_path
 
 DETERMINISM = "v1/determinism/test_batch_invariance_vlm.py"
 # With what is chosen of it, and how many that is. The others' models have to be fetched from a hub;

@@ -17,10 +17,10 @@ import yaml
 from packaging.version import Version
 
 from tests.conftest import BUILD
-from tools import package_index, releases
-from tools.overlay.merge import merge
 from upstream.__main__ import main
 from upstream.pulls import HERE, pulls
+from vllm_deepstack import package_index, releases
+from vllm_deepstack.merge.merge import merge
 
 RELEASE = Version("0.33.0")
 PULLS = {pull.name: pull for pull in pulls(RELEASE)}

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import ROOT, package_index, releases
-from tools.overlay import STATE
+from vllm_deepstack import ROOT, STATE, package_index, releases
 
 from .test_wheel import run, uv
 
@@ -21,7 +20,7 @@ MIXIN = "vllm/model_executor/models/deepstack.py"
 @pytest.fixture(scope="module")
 def distribution(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dist")
-    done = run(sys.executable, "-m", "build", "--wheel", "--outdir", folder, "tools")
+    done = run(sys.executable, "-m", "build", "--wheel", "--outdir", folder, "vllm_deepstack")
     assert done.returncode == 0, done.stderr
     (built,) = folder.glob("vllm_deepstack-*-py3-none-any.whl")
     return built
@@ -129,7 +128,7 @@ def test_without_vllm(distribution, release_sources, tmp_path, monkeypatch, vers
     assert command(found, "vllm-deepstack", "status", root).returncode == 0
     assert command(found, "vllm-deepstack", "revert", root).returncode == 0
     environ = {"PYTHONPATH": str(root), "VLLM_CACHE_ROOT": str(tmp_path / "cache")}
-    code = "import vllm_deepstack.overlay.plugin as plugin; print(plugin.OUTCOME[1])"
+    code = "import vllm_deepstack.plugin as plugin; print(plugin.OUTCOME[1])"
     done = command(found, "python", "-c", code, **environ)
     assert done.stdout.startswith("vLLM 0.33.0, DeepStack fixes for Qwen3-VL, "), done.stderr
 

@@ -15,9 +15,9 @@ from packaging.requirements import Requirement
 from packaging.utils import parse_wheel_filename
 from wheel.wheelfile import WheelFile
 
-from tools import releases
-from tools.overlay.tree import Tree
-from tools.package_index import fetch, wheel_name
+from vllm_deepstack import releases
+from vllm_deepstack.package_index import fetch, wheel_name
+from vllm_deepstack.patch.tree import Tree
 
 ROOT = releases.ROOT
 RELEASE = releases.default()

@@ -1,4 +1,4 @@
-"""Transformers' part of the check, in a process of its own: started by `tools.parity`."""
+"""Transformers' part of the check, in a process of its own: started by `vllm_deepstack.check`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Several vLLMs side by side, in one table.
 
-    python -m tools.parity.trees OUT_DIR NAME=TREE… -- OPTION…
+    python -m vllm_deepstack.check.trees OUT_DIR NAME=TREE… -- OPTION…
 
 `NAME=` is the installed vLLM. The options are the check's, and vLLM's. OUT_DIR gets NAME.json, and
 the engines' logs. The exit code is the last one's.

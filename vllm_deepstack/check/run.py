@@ -18,7 +18,7 @@ from .compare import Run
 from .modes import EAGER, Mode
 from .samples import Sample
 
-ENGINE = f"{__package__}.engine"  # tools.parity, or vllm_deepstack.parity
+ENGINE = f"{__package__}.engine"
 
 
 @dataclass

@@ -8,7 +8,7 @@ import hashlib
 import io
 from collections.abc import Mapping, Sequence
 
-from . import STATE
+from .. import STATE
 
 
 def lines(data: bytes) -> list[str]:

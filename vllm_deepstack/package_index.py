@@ -1,8 +1,10 @@
 """vLLM's wheels and sources on the package index, pinned by hash: for those who build the fork.
 
-    python -m tools.package_index pin 0.34.0                  add it to requirements/releases.json
-    python -m tools.package_index list cuda                   those that have a wheel for a device
-    python -m tools.package_index unpack 0.22.1 cpu FOLDER    a release as it is
+    python -m vllm_deepstack.package_index VERB …
+
+    pin 0.34.0                  add it to requirements/releases.json
+    list cuda                   those that have a wheel for a device
+    unpack 0.22.1 cpu FOLDER    a release as it is
 
 The table's `requires` are corrections of a release's own metadata: without them the release does
 not install from the package index, or does not start. `pin` finds the PyTorch that is there for
@@ -29,9 +31,9 @@ from packaging.version import Version
 
 from . import ROOT, cli
 from .cli import UserError
-from .overlay.defects import CONFIG, RUNNER
-from .overlay.merge import replaced
-from .overlay.tree import overlay_files
+from .merge.merge import replaced
+from .patch.defects import CONFIG, RUNNER
+from .patch.tree import overlay_files
 from .releases import TABLE, Release, known, releases, sha256
 
 if TYPE_CHECKING:
@@ -237,7 +239,7 @@ def pytorch(version: str) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.package_index", description=__doc__.splitlines()[0]
+        prog="python -m vllm_deepstack.package_index", description=__doc__.splitlines()[0]
     )
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("pin", help="add releases to the table").add_argument("version", nargs="+")

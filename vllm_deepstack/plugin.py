@@ -26,9 +26,8 @@ from multiprocessing.util import register_after_fork
 from pathlib import Path
 from typing import Any
 
-from .. import ROOT, __version__
-from . import OFF, STATE, is_off
-from .compile_cache import cache_root
+from . import OFF, ROOT, STATE, __version__, is_off
+from .patch.compile_cache import cache_root
 
 logger = logging.getLogger("vllm.deepstack")  # below `vllm`, for which vLLM sets up handlers
 # What else a newer release is judged by.
@@ -140,7 +139,8 @@ def fingerprint(root: Path) -> str:
     """Of all that the merge is made of: this package, and vLLM's own files."""
     ours = sorted(path.relative_to(ROOT) for path in (ROOT / "vllm").rglob("*.py"))
     here = Path(__file__).parent
-    files = sorted([*here.glob("*.py"), *here.parent.glob("*.py")])
+    folders = (here, here / "merge", here / "patch")
+    files = sorted(path for folder in folders for path in folder.glob("*.py"))
     files += [ROOT / "requirements" / "releases.json", *(ROOT / path for path in ours)]
     files += [root / "vllm" / "_version.py", root / STATE / "manifest.json"]
     files += [root / path for path in (*map(str, ours), *READ_TOO)]
@@ -212,7 +212,7 @@ def build(root: Path, folder: Path) -> tuple[int, str, Files]:
     import shutil
     import tempfile
 
-    from .verdict import verdict
+    from .patch.verdict import verdict
 
     found = verdict(root)
     if found.warning and not found.files:  # its cause may go away

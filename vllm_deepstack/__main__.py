@@ -12,9 +12,9 @@ from . import __version__, cli
 
 
 def parser() -> argparse.ArgumentParser:
+    from .check import verb as check
     from .lint import verb as lint
-    from .overlay import verbs as overlay  # here: LibCST takes a while, and Ctrl-C may come
-    from .parity import verb as parity
+    from .patch import verbs as patch  # here: LibCST takes a while, and Ctrl-C may come
 
     whole = argparse.ArgumentParser(
         prog="vllm-deepstack",
@@ -24,8 +24,8 @@ def parser() -> argparse.ArgumentParser:
     )
     whole.add_argument("--version", action="version", version=f"vllm-deepstack {__version__}")
     verbs = whole.add_subparsers(title="verbs", metavar="VERB", required=True)
-    overlay.add(verbs)
-    parity.add(verbs)
+    patch.add(verbs)
+    check.add(verbs)
     lint.add(verbs)
     return whole
 

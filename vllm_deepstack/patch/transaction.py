@@ -24,8 +24,8 @@ from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 
+from .. import STATE
 from ..cli import UserError
-from . import STATE
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 RECORD = re.compile(r"vllm[\w.+-]*\.dist-info/RECORD")
@@ -313,7 +313,7 @@ def exchange(one: Path, other: Path) -> None:
     Raises:
         OSError: the file system cannot (EXDEV, EINVAL), or the system cannot (ENOSYS).
     """
-    sys.audit("tools.overlay.exchange", str(one), str(other))
+    sys.audit("vllm_deepstack.exchange", str(one), str(other))
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))

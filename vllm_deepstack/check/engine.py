@@ -1,4 +1,4 @@
-"""One engine's part of the check, in a process of its own: started by `tools.parity.run`."""
+"""One engine's part of the check, in a process of its own: started by `run`."""
 
 from __future__ import annotations
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
 
-from .. import ROOT, releases
+from .. import ROOT, STATE, releases
 from ..cli import UserError, uncollected
-from . import STATE, record
-from .merge import added, is_needed, merge, parsed, replaced
-from .splice import comparable
+from ..merge.merge import added, is_needed, merge, parsed, replaced
+from ..merge.splice import comparable
+from . import record
 from .transaction import Files, Transaction, locked
 
 OVERLAY = ROOT

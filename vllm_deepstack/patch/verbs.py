@@ -19,9 +19,8 @@ from typing import Any
 
 from packaging.version import Version
 
-from .. import __version__, cli, releases
+from .. import OFF, PLUGIN, __version__, cli, is_off, releases
 from ..cli import UserError
-from . import OFF, PLUGIN, is_off
 from .defects import KINDS, MODELS, NO_LEVELS
 from .status import SCHEMA, UNKNOWN, status
 from .tree import OVERLAY, Tree, overlay_files
