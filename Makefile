@@ -21,7 +21,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 FORK := $(shell sed -n 's/^__version__ = "\(.*\)".*/\1/p' vllm_deepstack/__init__.py)
 BUILD := VLLM_RELEASE=$(RELEASE) .venv/bin/python -m build --wheel --installer uv
-SOURCES := setup.py pyproject.toml README.md requirements/releases.json \
+SOURCES := setup.py pyproject.toml README.md requirements/files.json requirements/releases.json \
 	$(shell find vllm vllm_deepstack -name '*.py')
 STOCK := build/stock/$(RELEASE)
 TINY := build/tiny/qwen3_vl
@@ -73,8 +73,13 @@ wheel: .venv/tools
 	$(BUILD)
 
 ## build vllm-deepstack in dist/: vLLM's plugin, and the command
-plugin: .venv/tools
+plugin: dist/.plugin
+
+dist/.plugin: $(SOURCES) vllm_deepstack/pyproject.toml | .venv/tools
+	.venv/bin/python -m vllm_deepstack.build build/merged
+	rm -f dist/vllm_deepstack-*
 	.venv/bin/python -m build --wheel --installer uv --outdir dist vllm_deepstack
+	touch $@
 
 ## write the pull requests to vLLM: patches and texts in build/pr/
 pr: .venv/tools
@@ -95,15 +100,15 @@ $(VENV)/vllm: dist/.cpu-$(RELEASE) $(VENV)/tools
 	$(UV) --reinstall-package vllm dist/vllm-$(RELEASE)+deepstack.$(FORK).cpu-*.whl
 	touch $@
 
-$(GPU)/vllm: dist/.cuda-$(RELEASE) $(GPU)/tools
+$(GPU)/vllm: dist/.cuda-$(RELEASE) dist/.plugin $(GPU)/tools
 	$(GPU)/bin/uv pip install --quiet --python $(GPU_PY) --reinstall-package vllm \
 		dist/vllm-$(RELEASE)+deepstack.$(FORK)-*.whl
 	$(GPU)/bin/uv pip install --quiet --python $(GPU_PY) --reinstall-package vllm-deepstack \
-		--no-deps ./vllm_deepstack
+		--no-deps dist/vllm_deepstack-*.whl
 	touch $@
 
-$(VENV)/plugin: $(SOURCES) vllm_deepstack/pyproject.toml $(VENV)/vllm
-	$(UV) --reinstall-package vllm-deepstack --no-deps ./vllm_deepstack
+$(VENV)/plugin: dist/.plugin $(VENV)/vllm
+	$(UV) --reinstall-package vllm-deepstack --no-deps dist/vllm_deepstack-*.whl
 	touch $@
 
 $(STOCK): | .venv/tools

@@ -14,8 +14,15 @@ PLUGIN = "deepstack"
 STATE = ".vllm-deepstack"
 """The folder beside vllm/ in which `apply` keeps the original files."""
 OFF = "DEEPSTACK_DISABLE"
+"""Leaves vLLM as it is installed."""
+REQUIRE = "DEEPSTACK_REQUIRE"
+"""A model that is built without the fixes is an error."""
+
+
+def is_on(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on")
 
 
 def is_off() -> bool:
-    """Whether the plugin is told to leave vLLM as released."""
-    return os.environ.get(OFF, "").lower() in ("1", "true", "yes", "on")
+    """Whether the plugin is told to leave vLLM as it is installed."""
+    return is_on(OFF)

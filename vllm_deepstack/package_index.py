@@ -31,7 +31,6 @@ from packaging.version import Version
 
 from . import ROOT, cli
 from .cli import UserError
-from .merge.merge import replaced
 from .patch.defects import CONFIG, RUNNER
 from .patch.tree import overlay_files
 from .releases import TABLE, Release, known, releases, sha256
@@ -111,9 +110,12 @@ def fetch_sources(release: Release, folder: Path) -> None:
     """
     from remotezip import RemoteZip
 
-    models = ("qwen2_5_omni_thinker", "qwen3_5", "interns1_pro")
+    models = ("qwen2_5_omni_thinker", "qwen3_5", "interns1_pro", "utils")
     paths = [*release.sources, "vllm/__init__.py", "vllm/_version.py"]
     paths += [f"vllm/model_executor/models/{name}.py" for name in models]
+    # What merged files import: `merged.File.names`.
+    paths += [f"vllm/{name}/__init__.py" for name in ("config", "platforms", "utils")]
+    paths += [f"vllm/{name}.py" for name in ("forward_context", "sequence", "v1/worker/ubatching")]
     paths += [RUNNER, CONFIG]
     files = {path: folder / path for path in paths}
     if all(file.exists() for file in files.values()):
@@ -184,7 +186,7 @@ def pin(version: str) -> None:
     from remotezip import RemoteZip
 
     table = json.loads(TABLE.read_text())
-    overlay, contents = overlay_files(ROOT), {}
+    overlay = overlay_files(ROOT)
     entry = table["releases"].setdefault(version, {"requires": {}})
     entry["wheels"], entry["sources"] = {}, {}
     for device in DISTRIBUTIONS:
@@ -195,8 +197,7 @@ def pin(version: str) -> None:
         with RemoteZip(files[-1][1]) as wheel:
             for path in overlay:
                 if path in wheel.namelist():
-                    contents[path] = wheel.read(path)
-                    digest = sha256(contents[path])
+                    digest = sha256(wheel.read(path))
                     if entry["sources"].setdefault(path, digest) != digest:
                         raise UserError(
                             f"{path} differs between the CPU and the CUDA wheel of {version}"
@@ -213,13 +214,6 @@ def pin(version: str) -> None:
         entry["requires"]["cpu"] = [*found.values(), *kept]
     if not entry["sources"]:
         raise UserError(f"the package index has no vLLM {version}")
-    if Version(version) >= max(map(Version, table["releases"])):
-        table["replaced"] = {
-            path: replaced(
-                overlay[path], theirs, path=path, release=Version(version), overlay=overlay
-            )
-            for path, theirs in contents.items()
-        }
     table["releases"] = dict(sorted(table["releases"].items(), key=lambda item: Version(item[0])))
     TABLE.write_text(json.dumps(table, indent=2) + "\n")
 

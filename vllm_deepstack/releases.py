@@ -38,13 +38,6 @@ def releases() -> dict[Version, Release]:
     return {Version(v): Release(Version(v), **entry) for v, entry in table.items()}
 
 
-def replaced() -> dict[str, dict[str, str]]:
-    """Of the newest release: by path and definition, the sha256 of upstream's definitions that the
-    overlay replaces as a whole."""
-    found: dict[str, dict[str, str]] = json.loads(TABLE.read_text())["replaced"]
-    return found
-
-
 def default() -> Release:
     """The release that the fork is built on."""
     return known(json.loads(TABLE.read_text())["default"])

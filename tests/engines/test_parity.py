@@ -29,7 +29,7 @@ SMALL = ["--max-model-len", "512", "--max-num-batched-tokens", "512", "--max-num
 LIMITS = {"qwen3_vl": {"image": 2, "video": 0}, "qwen3_omni": {"image": 2, "video": 0, "audio": 0}}
 
 
-SAYS = f"vllm-deepstack {__version__}: vLLM {releases.default().version}, DeepStack fixes for"
+SAYS = f"vllm-deepstack {__version__}: Qwen3"
 
 
 @pytest.fixture(scope="session")
@@ -172,12 +172,8 @@ def test_the_plugin_fixes_the_stock_release(parity, model, stock_tree, stock_cac
     agrees(report)
     for name in ("eager", "default"):
         log = (tmp_path / f"logs/{name}.log").read_text().splitlines()
-        said = [line for line in log if SAYS in line]
-        assert len([line for line in said if line.startswith("(EngineCore pid=")]) == 1
-        assert len(said) >= 3  # the process of `LLM`, and the worker, too
-        served = [line for line in log if f"{model}" in line and " is imported from " in line]
-        assert len(served) >= 2
-        assert all(f"{stock_cache}/deepstack/" in line for line in served)
+        (said,) = (line for line in log if SAYS in line)  # by the process that runs the model
+        assert said.startswith("(EngineCore pid=") and "has the DeepStack fixes (D1, " in said
 
 
 @pytest.mark.optional

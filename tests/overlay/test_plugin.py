@@ -1,392 +1,396 @@
-"""The plugin, in processes of its own, on the sources of real releases."""
+"""The plugin, on the sources of real releases: what it serves, and what it says."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
-import stat
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.conftest import PR43617
-from vllm_deepstack import ROOT, STATE, __version__, releases
+from vllm_deepstack import ROOT, __version__, build, merged, releases
+from vllm_deepstack.merge.merge import NOTICE
+from vllm_deepstack.merged import FOLDER, TABLE, Installed, module_of, table
 from vllm_deepstack.patch.defects import MODELS
-from vllm_deepstack.patch.tree import Tree
+from vllm_deepstack.patch.tree import OVERLAY, Tree, overlay_files
+from vllm_deepstack.plugin import Finder, Loader, Watch
 
-QWEN3_VL = f"{MODELS}/qwen3_vl.py"
-NEWEST = str(max(releases.releases()))
+from .files import text
+
+RELEASES = [str(version) for version in releases.releases()]
+NEWEST = RELEASES[-1]
+QWEN3_VL, MIXIN = f"{MODELS}/qwen3_vl.py", f"{MODELS}/deepstack.py"
+ERNIE, EXPERTS = f"{MODELS}/ernie45_vl.py", f"{MODELS}/ernie45_vl_moe.py"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def merged_files() -> None:
+    assert build.is_built(FOLDER, overlay_files(OVERLAY)), "`make plugin` makes them anew"
+
+
+def served(root: Path) -> dict[str, bytes]:
+    installed = Installed(root)
+    found = {path: installed.replacement(path) for path in table().files}
+    return {path: file.place.read_bytes() for path, file in found.items() if file}
+
+
+@pytest.mark.thinned
+@pytest.mark.parametrize("version", RELEASES)
+def test_serves_what_apply_writes(release_sources, version):
+    root = release_sources(version)
+    found = served(root)
+    before = {path: (root / path).read_bytes() for path in found if (root / path).exists()}
+    Tree(root).apply()
+    for path, data in found.items():
+        assert (root / path).read_bytes() == data
+        assert (NOTICE in data) == (path in before)
+    assert {MIXIN, QWEN3_VL} <= found.keys()
+    patched = Installed(root)
+    assert not any(map(patched.replacement, table().files)) and patched.unknown == {}
+
+
+@pytest.mark.optional
+@pytest.mark.timeout(600)
+def test_the_table_is_of_these_releases_and_this_overlay(release_sources):
+    """`python -m tests.overlay.files` writes it."""
+    roots = {version: release_sources(str(version)) for version in releases.releases()}
+    assert TABLE.read_text() == text(roots)
+
+
+@pytest.mark.parametrize("version", ["0.22.1", NEWEST])
+@pytest.mark.parametrize(
+    "named",
+    [
+        "0.26.1rc1.dev1257+g0123abcde",
+        "0.22.1.post1",
+        "0.22.1.dev0+precompiled",
+        "0.28.1+vendor.7",
+        "0.1.dev1+g0123abcde",
+        None,
+    ],
+)
+def test_a_vllm_is_known_by_its_files(release_sources, version, named):
+    """And not by its version: a vendor's build, a nightly, a clone without tags."""
+    root = release_sources(version)
+    expected = served(root)
+    file = root / "vllm/_version.py"
+    file.write_text(f"__version__ = version = {named!r}\n") if named else file.unlink()
+    assert served(root) == expected != {}
+    Tree(root).apply()
+    assert {path: (root / path).read_bytes() for path in expected} == expected
+
+
+class TestUnknownFiles:
+    """What needs them stays as it is, and the rest is fixed."""
+
+    def edit(self, root: Path, path: str) -> Installed:
+        with (root / path).open("a") as file:
+            file.write("# a vendor's\n")
+        return Installed(root)
+
+    def test_one_model(self, release_sources):
+        root = release_sources(NEWEST)
+        before, installed = served(root), self.edit(root, QWEN3_VL)
+        assert installed.replacement(QWEN3_VL) is None
+        assert served(root) == {path: data for path, data in before.items() if path != QWEN3_VL}
+        why = "is not as any release that vllm-deepstack knows has it"
+        assert installed.unknown == {QWEN3_VL: why}
+
+    def test_what_another_file_needs(self, release_sources):
+        root = release_sources(NEWEST)
+        installed = self.edit(root, EXPERTS)
+        assert installed.replacement(ERNIE) is None
+        assert installed.unknown[ERNIE] == f"needs {EXPERTS}, which cannot be replaced"
+        assert installed.replacement(QWEN3_VL)
+
+    def test_a_mixin_of_upstreams_own(self, release_sources):
+        root = release_sources(NEWEST)
+        (root / MIXIN).write_text("class DeepStackMixin: ...\n")
+        installed = Installed(root)
+        found = {path for path in table().files if installed.replacement(path)}
+        assert found == {ERNIE, EXPERTS}
+        assert installed.unknown[QWEN3_VL] == f"needs {MIXIN}, which cannot be replaced"
+
+    def test_another_fix(self, release_sources):
+        root = release_sources("0.22.1")
+        for change in Tree(root, PR43617).changes():
+            (root / change.path).write_bytes(change.after)
+        assert served(root).keys() == {ERNIE, EXPERTS, f"{MODELS}/transformers/multimodal.py"}
+
+    @pytest.mark.parametrize("gone", ["a name", "a module"])
+    def test_what_merged_code_imports(self, release_sources, gone):
+        """Of files that a vendor may have changed, what is imported has to be there."""
+        root = release_sources(NEWEST)
+        file = root / "vllm/utils/__init__.py"
+        if gone == "a name":
+            file.write_text(file.read_text().replace("random_uuid", "random_id"))
+        else:
+            file.unlink()
+        installed = Installed(root)
+        assert installed.replacement(QWEN3_VL) is None
+        assert installed.unknown[MIXIN] == "needs random_uuid of vllm.utils, which is not there"
+
+    def test_a_merged_file_that_is_gone(self, release_sources, monkeypatch, tmp_path):
+        monkeypatch.setattr(merged, "FOLDER", tmp_path)
+        installed = Installed(release_sources(NEWEST))
+        assert installed.replacement(QWEN3_VL) is None
+        assert installed.unknown[QWEN3_VL].endswith("install vllm-deepstack again")
+
+    def test_a_file_that_cannot_be_read(self, release_sources, monkeypatch):
+        def refuse(file):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(merged, "sha256", refuse)
+        installed = Installed(release_sources(NEWEST))
+        assert installed.replacement(QWEN3_VL) is None
+        assert installed.unknown[QWEN3_VL] == "cannot be read: Permission denied"
+
+
+@pytest.fixture
+def built(release_sources, monkeypatch, caplog) -> Callable[..., list[str]]:
+    """`built(model, files)`: a class of that name is built, whose modules have such files; what is
+    logged."""
+    root = release_sources(NEWEST)
+
+    def make(model: str, files: dict[str, Path], config: Any = None, name: str = "") -> list[str]:
+        for path, file in files.items():
+            module = SimpleNamespace(__name__=module_of(path), __file__=str(file))
+            monkeypatch.setitem(sys.modules, module_of(path), module)
+        module_name, class_name = table().kinds[model]
+        base = type(class_name, (torch.nn.Module,), {"__module__": module_name})
+        cls = type(name, (base,), {"__module__": "somebody.else"}) if name else base
+        instance = cls()
+        if config:
+            instance.config = config
+        installed = Installed(root)
+        for path in table().files:
+            installed.replacement(path)
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "vllm.deepstack"):
+            watch = Watch(installed)
+            for _ in range(2):
+                watch(instance, "visual", torch.nn.Identity())
+        assert all(
+            record.message.startswith(f"vllm-deepstack {__version__}: ")
+            for record in caplog.records
+        )
+        return [f"{r.levelname} {r.message.partition(': ')[2]}" for r in caplog.records]
+
+    make.root = root  # type: ignore[attr-defined]
+    return make
+
+
+def place(root: Path, path: str) -> Path:
+    file = Installed(root).replacement(path)
+    assert file
+    return file.place
+
+
+class TestModels:
+    """One line for each model that is built, in the process that builds it."""
+
+    def test_fixed(self, built):
+        (line,) = built("Qwen3-VL", {QWEN3_VL: place(built.root, QWEN3_VL)})
+        assert line.startswith("INFO Qwen3VLForConditionalGeneration has the DeepStack fixes (D2, ")
+
+    def test_patched(self, built):
+        files = {QWEN3_VL: built.root / QWEN3_VL}
+        Tree(built.root).apply()
+        (line,) = built("Qwen3-VL", files)
+        assert "has the DeepStack fixes (D2, " in line
+
+    def test_an_heir_in_another_package(self, built):
+        (line,) = built("Qwen3-VL", {QWEN3_VL: place(built.root, QWEN3_VL)}, name="ColQwen3")
+        assert line.startswith("INFO ColQwen3 has the DeepStack fixes")
+
+    def test_imported_too_early(self, built):
+        (line,) = built("Qwen3-VL", {QWEN3_VL: built.root / QWEN3_VL})
+        assert line.startswith(
+            "WARNING Qwen3VLForConditionalGeneration is built without the DeepStack fixes: "
+            f"{built.root / QWEN3_VL} was imported before the plugin (D2, "
+        )
+
+    def test_an_edited_parent(self, built):
+        """Its heir has nothing of its own to be fixed on the newest release."""
+        with (built.root / QWEN3_VL).open("a") as file:
+            file.write("# a vendor's\n")
+        moe = f"{MODELS}/qwen3_vl_moe.py"
+        files = {path: built.root / path for path in (QWEN3_VL, moe)}
+        (line,) = built("Qwen3-VL-MoE", files)
+        assert line == (
+            "WARNING Qwen3VLMoeForConditionalGeneration is built without the DeepStack fixes: "
+            f"{built.root / QWEN3_VL} is not as any release that vllm-deepstack knows has it"
+        )
+
+    @pytest.mark.parametrize("levels, lines", [([5, 11, 17], 1), ([], 0), (None, 0)])
+    def test_models_without_levels(self, built, levels, lines):
+        """Qwen3.5 and others inherit the code, and have nothing that could go wrong."""
+        vision = SimpleNamespace(deepstack_visual_indexes=levels)
+        config = SimpleNamespace(vision_config=vision)
+        files = {QWEN3_VL: built.root / QWEN3_VL}
+        assert len(built("Qwen3-VL", files, config)) == lines
+
+    def test_another_model(self, built):
+        """As dear as it gets: a look into a dictionary for each part of a model."""
+        watch = Watch(Installed(built.root))
+        watch(torch.nn.Sequential(), "0", torch.nn.Identity())
+        assert watch.kinds == {torch.nn.Sequential: None} and not len(watch.seen)
+
+    @pytest.mark.parametrize("value", ["1", "true", "YES", "on"])
+    def test_required(self, built, monkeypatch, value):
+        monkeypatch.setenv("DEEPSTACK_REQUIRE", value)
+        with pytest.raises(RuntimeError, match=f"DEEPSTACK_REQUIRE={value}: Qwen3VLFor.* without"):
+            built("Qwen3-VL", {QWEN3_VL: built.root / QWEN3_VL})
+        assert built("Qwen3-VL", {QWEN3_VL: place(built.root, QWEN3_VL)})
+
+    @pytest.mark.parametrize("value", ["", "0", "false"])
+    def test_not_required(self, built, monkeypatch, value):
+        monkeypatch.setenv("DEEPSTACK_REQUIRE", value)
+        assert built("Qwen3-VL", {QWEN3_VL: built.root / QWEN3_VL})
+
+
 PLUGIN = """
 import json, sys
+import torch
 before = set(sys.modules)
 import vllm_deepstack.plugin as plugin
 new = {name.partition(".")[0] for name in set(sys.modules) - before}
-finders = [f for f in sys.meta_path if isinstance(f, plugin.Finder)]
 print(json.dumps({
-    "level": plugin.OUTCOME[0],
-    "text": plugin.OUTCOME[1],
-    "files": {name: str(path) for f in finders for name, (path, _) in f.files.items()},
-    "imported": sorted(new - set(sys.stdlib_module_names) - {"vllm_deepstack", "__mp_main__"}),
+    "outcome": plugin.OUTCOME,
+    "served": any(isinstance(finder, plugin.Finder) for finder in sys.meta_path),
+    "imported": sorted(new - set(sys.stdlib_module_names) - {"vllm_deepstack"}),
 }))
 plugin.register()
 """
 
 
-class Plugin:
-    """`load(root)` imports it in a new process, beside the vLLM in `root`."""
-
-    def __init__(self, folder: Path):
-        self.cache = folder / "cache"
-        self.stderr = ""
-
-    def load(self, root: Path, before: str = "", **env: str) -> dict[str, Any]:
-        path = os.pathsep.join([str(root), str(ROOT)])
-        own = {"PYTHONPATH": path, "VLLM_CACHE_ROOT": str(self.cache), "DEEPSTACK_DISABLE": "0"}
-        done = subprocess.run(
-            [sys.executable, "-c", before + PLUGIN],
-            cwd="/",
-            env=os.environ | own | env,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        self.stderr = done.stderr
-        found: dict[str, Any] = json.loads(done.stdout)
-        return found
-
-    def folder(self) -> Path:
-        (folder,) = (self.cache / "deepstack").iterdir()
-        return folder
-
-
-@pytest.fixture
-def plugin(tmp_path):
-    return Plugin(tmp_path)
-
-
-@pytest.mark.parametrize("version", ["0.22.1", NEWEST])
-def test_serves_what_apply_writes(plugin, release_sources, version):
-    root = release_sources(version)
-    found = plugin.load(root)
-    assert found["level"] == logging.INFO
-    assert found["text"].startswith(f"vLLM {version}, DeepStack fixes for Qwen3-VL, Qwen3-VL-MoE, ")
-    assert "libcst" in found["imported"]
-    served = {f"{name.replace('.', '/')}.py": Path(path) for name, path in found["files"].items()}
-    Tree(root).apply()
-    assert f"{MODELS}/deepstack.py" in served
-    for path, file in served.items():
-        assert file.read_bytes() == (root / path).read_bytes()
-    assert not list(plugin.cache.rglob("*.pyc"))
-
-
-def test_found_again_by_the_standard_library_alone(plugin, release_sources):
-    root = release_sources("0.22.1")
-    first, again = plugin.load(root), plugin.load(root)
-    assert again == first | {"imported": []}
-
-
-def test_a_change_of_the_release_is_another_merge(plugin, release_sources):
-    root = release_sources("0.22.1")
-    first = plugin.load(root)
-    Tree(root).apply()
-    assert "is patched by `vllm-deepstack apply`: nothing to do" in plugin.load(root)["text"]
-    Tree(root).revert()
-    assert plugin.load(root)["files"] == first["files"]
-
-
-@pytest.mark.parametrize("damage", ["changed", "missing", "no verdict", "not JSON", "half"])
-def test_what_is_not_as_it_was_built_is_built_again(plugin, release_sources, damage):
-    root = release_sources("0.22.1")
-    first = plugin.load(root)
-    file, about = plugin.folder() / QWEN3_VL, plugin.folder() / "verdict.json"
-    good = file.read_bytes()
-    if damage == "changed":
-        file.write_bytes(good.replace(b"class", b"clasz"))
-        os.utime(file, (0, 0))
-    elif damage == "missing":
-        file.unlink()
-    elif damage == "no verdict":
-        about.unlink()
-    else:
-        about.write_text("{" if damage == "not JSON" else '{"files": {}}')
-    again = plugin.load(root)
-    assert (again["text"], again["files"]) == (first["text"], first["files"])
-    assert file.read_bytes() == good
-    assert [path.name for path in (plugin.cache / "deepstack").iterdir()] == [plugin.folder().name]
-
-
-def test_several_processes_at_once(plugin, release_sources):
-    root = release_sources("0.22.1")
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: plugin.load(root), range(4)))
-    assert all(one["files"] == found[0]["files"] != {} for one in found)
-    assert plugin.folder().name in str(found[0]["files"])
-
-
-@pytest.mark.parametrize("owner", ["others may write", "another user's", "a link"])
-def test_a_cache_that_others_can_write_to_is_not_used(plugin, release_sources, tmp_path, owner):
-    folder = plugin.cache / "deepstack"
-    temporary = tmp_path / "tmp"
-    temporary.mkdir()
-    if owner == "a link":
-        plugin.cache.mkdir()
-        (tmp_path / "elsewhere").mkdir(mode=0o700)
-        folder.symlink_to(tmp_path / "elsewhere")
-    else:
-        folder.mkdir(parents=True)
-        folder.chmod(0o777 if owner == "others may write" else 0o700)
-        if owner == "another user's":
-            os.chown(folder, 12345, 12345)
-    found = plugin.load(release_sources("0.22.1"), TMPDIR=str(temporary))
-    assert list(folder.iterdir()) == []
-    (used,) = temporary.iterdir()
-    assert used.name == f"vllm-deepstack-{os.geteuid()}"
-    assert stat.S_IMODE(used.stat().st_mode) == 0o700
-    assert all(path.startswith(str(used)) for path in found["files"].values())
-    assert plugin.load(release_sources("0.22.1"), TMPDIR=str(temporary))["level"] == logging.INFO
-
-
-def test_no_cache_root_can_be_made(plugin, release_sources, tmp_path):
-    (tmp_path / "file").write_text("")
-    found = plugin.load(release_sources("0.22.1"), VLLM_CACHE_ROOT=str(tmp_path / "file/cache"))
-    assert found["level"] == logging.INFO
-    assert all("vllm-deepstack-" in path for path in found["files"].values())
-
-
-class TestAsReleased:
-    """vLLM runs as it is, and the log says why. Nothing is raised."""
-
-    def refuses(self, plugin, root: Path, words: str, level: int = logging.WARNING, **how: str):
-        for _ in range(2):  # the second time, from the cache
-            found = plugin.load(root, **how)
-            assert (found["level"], found["files"]) == (level, {})
-            assert words in found["text"]
-        if level == logging.WARNING:
-            assert f"vllm-deepstack {__version__}: " in plugin.stderr
-
-    @pytest.mark.parametrize("version", ["0.22.2", "0.19.1", "0.1.dev1+gabcdef"])
-    def test_unknown_release(self, plugin, release_sources, version):
-        root = release_sources("0.22.1")
-        (root / "vllm/_version.py").write_text(f"__version__ = '{version}'\n")
-        self.refuses(plugin, root, f"unknown release: vLLM {version}")
-
-    def test_no_version(self, plugin, release_sources):
-        root = release_sources("0.22.1")
-        (root / "vllm/_version.py").write_text("__version__ = version()\n")
-        self.refuses(
-            plugin, root, "_version.py: no version found in it; vLLM runs as it is installed"
-        )
-
-    def test_a_file_that_is_not_as_released(self, plugin, release_sources):
-        root = release_sources(NEWEST)
-        with (root / QWEN3_VL).open("a") as file:
-            file.write("# a vendor's\n")
-        self.refuses(plugin, root, f"{root / QWEN3_VL}: not as vLLM {NEWEST} was released")
-
-    def test_another_patch(self, plugin, release_sources):
-        root = release_sources("0.22.1")
-        for change in Tree(root, PR43617).changes():
-            (root / change.path).write_bytes(change.after)
-        self.refuses(plugin, root, "not as vLLM 0.22.1 was released")
-
-    def test_interrupted(self, plugin, release_sources):
-        root = release_sources("0.22.1")
-        Tree(root).apply()
-        Tree(root).transaction.mark("applying")
-        self.refuses(plugin, root, "interrupted while applying the overlay; `revert` puts back")
-
-    def test_a_manifest_that_is_none(self, plugin, release_sources):
-        root = release_sources("0.22.1")
-        (root / STATE).mkdir()
-        (root / STATE / "manifest.json").write_text("[]")
-        self.refuses(plugin, root, "manifest.json: not as vllm-deepstack wrote it")
-
-    def test_a_wheel_of_the_fork_that_is_none(self, plugin, release_sources):
-        """Its version says so, and its files do not."""
-        root = release_sources("0.22.1")
-        (root / "vllm/_version.py").write_text("__version__ = '0.22.1+deepstack.1'\n")
-        assert plugin.load(root)["files"] != {}
-
-    def test_its_cause_goes_away(self, plugin, release_sources):
-        root = release_sources("0.22.1")
-        (root / STATE).mkdir()
-        self.refuses(plugin, root, f"{STATE}/manifest.json: not as vllm-deepstack wrote it")
-        (root / STATE).rmdir()
-        assert plugin.load(root)["files"] != {}
-
-    def test_the_fork(self, plugin, release_sources):
-        root = release_sources("0.22.1")
-        Tree(root).apply()
-        (root / "vllm/_version.py").write_text("__version__ = '0.22.1+deepstack.2.cpu'\n")
-        self.refuses(plugin, root, "is a wheel that has the fixes: nothing to do", logging.INFO)
-
-    @pytest.mark.parametrize("value", ["1", "true", "True"])
-    def test_switched_off(self, plugin, release_sources, value):
-        root = release_sources("0.22.1")
-        words = f"DEEPSTACK_DISABLE={value}: vLLM runs as released"
-        self.refuses(plugin, root, words, logging.INFO, DEEPSTACK_DISABLE=value)
-        assert not plugin.cache.exists()
-
-    def test_no_vllm(self, plugin, tmp_path):
-        hidden = "import importlib.util; importlib.util.find_spec = lambda name: None\n"
-        words = "ImportError: no vLLM is installed; vLLM runs as it is installed"
-        self.refuses(plugin, tmp_path, words, before=hidden)
-
-    def test_a_dependency_that_is_missing(self, plugin, release_sources):
-        root = release_sources("0.22.1")
-        hidden = "import sys; sys.modules['libcst'] = None\n"
-        self.refuses(plugin, root, "ModuleNotFoundError: import of libcst halted", before=hidden)
-
-    def test_a_model_that_was_imported_before(self, plugin, release_sources):
-        """All or nothing: the other files are not served, either."""
-        root = release_sources("0.22.1")
-        name = "vllm.model_executor.models.qwen3_vl"
-        before = f"import sys, types; sys.modules[{name!r}] = types.ModuleType('x')\n"
-        words = (
-            f"{name} was imported before vLLM loaded its plugins, so vLLM runs as it is installed"
-        )
-        self.refuses(plugin, root, words, before=before)
-        assert (
-            "`import vllm_deepstack.plugin` earlier, or use `vllm-deepstack apply`" in plugin.stderr
-        )
-
-
-class TestNewerRelease:
-    """One that this version does not know."""
-
-    @pytest.fixture
-    def root(self, release_sources):
-        root = release_sources(NEWEST)
-        (root / "vllm/_version.py").write_text("__version__ = '0.99.0'\n")
-        return root
-
-    def test_fits(self, plugin, root):
-        found = plugin.load(root)
-        assert found["level"] == logging.WARNING
-        assert found["text"].startswith("vLLM 0.99.0, DeepStack fixes for Qwen3-VL, ")
-        assert "and were not tested with it" in found["text"]
-        assert "vllm.model_executor.models.qwen3_vl" in found["files"]
-
-    @pytest.mark.parametrize(
-        "old, new, words",
-        [
-            ("def embed_input_ids(", "def embed(", "embed_input_ids: upstream has no such"),
-            (
-                "def _compute_deepstack_embeds(",
-                "def _compute_embeds(",
-                "_compute_deepstack_embeds: not as in",
-            ),
-            (
-                "deepstack_input_embeds_num_tokens = 0",
-                "deepstack_input_embeds_num_tokens = -1",
-                "not as in vLLM 0.33.0, for which the fix was written",
-            ),
-        ],
-        ids=["an anchor", "a method's name", "a method's body"],
-    )
-    def test_what_is_changed_has_changed(self, plugin, root, old, new, words):
-        text = (root / QWEN3_VL).read_text()
-        assert old in text
-        (root / QWEN3_VL).write_text(text.replace(old, new))
-        found = plugin.load(root)
-        assert (found["level"], found["files"]) == (logging.WARNING, {})
-        assert f"{QWEN3_VL}: " in found["text"] and "(vLLM 0.99.0)" in found["text"]
-        assert words in found["text"]
-
-    def test_a_defect_that_is_left(self, plugin, root):
-        """The fixes fit, and the code has a defect all the same: D11, which 0.30.0 had fixed."""
-        text = (root / QWEN3_VL).read_text()
-        begin = text.index("class Qwen3VLForConditionalGeneration(")
-        init = text[begin:].replace("architectures=", "names=", 1)
-        (root / QWEN3_VL).write_text(text[:begin] + init)
-        found = plugin.load(root)
-        assert (found["level"], found["files"]) == (logging.WARNING, {})
-        assert "newer than this vllm-deepstack: defects are left: D11" in found["text"]
-
-
-def test_the_table_has_what_the_newest_release_had(release_sources):
-    """`python -m vllm_deepstack.package_index pin` writes it."""
-    tree = Tree(release_sources(NEWEST))
-    assert {path: tree.replaced(path) for path in tree.release.sources} == releases.replaced()
-
-
-FORKS = """
-import multiprocessing, subprocess
-worker = multiprocessing.get_context("fork").Process(target=print)
-worker.start()
-worker.join()
-subprocess.run(["true"], preexec_fn=lambda: None)
-"""
-
-
-def test_a_forked_worker_says_so_too(plugin, release_sources):
-    """vLLM does not call the plugins there again. Other forks say nothing: they are no workers, and
-    to log there could wait for a lock for ever."""
-    root = release_sources("0.22.1")
-    before = "import logging; logging.basicConfig(level=logging.INFO)\n"
-    path = os.pathsep.join([str(root), str(ROOT)])
-    own = {"PYTHONPATH": path, "VLLM_CACHE_ROOT": str(plugin.cache), "DEEPSTACK_DISABLE": "0"}
+def load(root: Path, before: str = "", **env: str) -> tuple[dict[str, Any], str]:
+    """In a new process, beside the vLLM in `root`: what it says of itself, and what it logs."""
+    own = {"PYTHONPATH": os.pathsep.join([str(root), str(ROOT)]), "DEEPSTACK_DISABLE": "0"}
     done = subprocess.run(
-        [sys.executable, "-c", before + PLUGIN + FORKS],
-        env=os.environ | own,
+        [sys.executable, "-c", before + PLUGIN],
+        cwd="/",
+        env=os.environ | own | env,
         capture_output=True,
         text=True,
     )
-    assert done.stderr.count(f":vllm.deepstack:vllm-deepstack {__version__}: vLLM 0.22.1, ") == 2
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
 
 
-@pytest.mark.parametrize(
-    "own, says",
-    [
-        ({}, True),
-        ({"VLLM_LOGGING_LEVEL": "debug"}, True),
-        ({"VLLM_LOGGING_LEVEL": "loud"}, True),
-        ({"VLLM_LOGGING_LEVEL": "WARNING"}, False),
-        ({"VLLM_CONFIGURE_LOGGING": "0"}, False),
-    ],
-)
-def test_a_log_that_is_not_set_up(plugin, release_sources, own, says):
-    """vLLM 0.33.0's `LLM` sets it up after it has loaded the plugins."""
-    plugin.load(release_sources(NEWEST), **own)
-    line = f"[vllm.deepstack] vllm-deepstack {__version__}: vLLM {NEWEST}, DeepStack fixes for "
-    assert (line in plugin.stderr) == says
+class TestImport:
+    def test_it_says_nothing_and_needs_nothing(self, release_sources):
+        """A front end that builds no model is told nothing."""
+        root = release_sources(NEWEST)
+        before = sorted(root.rglob("*"))
+        told, log = load(root)
+        assert told == {"outcome": None, "served": True, "imported": []}
+        assert log == "" and sorted(root.rglob("*")) == before
+
+    @pytest.mark.parametrize("value", ["1", "true", "Yes", "on"])
+    def test_switched_off(self, release_sources, value):
+        told, log = load(release_sources(NEWEST), DEEPSTACK_DISABLE=value)
+        words = f"DEEPSTACK_DISABLE={value}: vLLM runs as it is installed"
+        assert not told["served"] and told["outcome"] == [logging.INFO, words]
+        assert f"[vllm.deepstack] vllm-deepstack {__version__}: {words}" in log
+
+    def test_no_vllm(self, tmp_path):
+        hidden = "import importlib.util; importlib.util.find_spec = lambda name: None\n"
+        told, log = load(tmp_path, hidden)
+        assert not told["served"] and told["outcome"][0] == logging.WARNING
+        assert "ImportError: no vLLM is installed; vLLM runs as it is installed" in log
+
+    @pytest.mark.parametrize(
+        "own, says",
+        [
+            ({"VLLM_LOGGING_LEVEL": "debug"}, True),
+            ({"VLLM_LOGGING_LEVEL": "loud"}, True),
+            ({"VLLM_LOGGING_LEVEL": "WARNING"}, False),
+            ({"VLLM_CONFIGURE_LOGGING": "0"}, False),
+        ],
+    )
+    def test_a_log_that_is_not_set_up(self, release_sources, own, says):
+        """vLLM 0.33.0's `LLM` sets it up after it has loaded the plugins."""
+        _, log = load(release_sources(NEWEST), DEEPSTACK_DISABLE="1", **own)
+        assert (f"vllm-deepstack {__version__}: DEEPSTACK_DISABLE=1" in log) == says
 
 
-def test_a_cache_root_that_is_relative(plugin, release_sources, tmp_path):
-    before = f"import os; os.chdir({str(tmp_path)!r})\n"
-    found = plugin.load(release_sources("0.22.1"), before, VLLM_CACHE_ROOT="cache")
-    assert all(path.startswith(f"{tmp_path}/cache/") for path in found["files"].values())
-
-
-def test_a_user_without_a_home(plugin, release_sources, tmp_path):
-    """As containers have them that run under any user's number."""
-    before = f"""
-import os, pwd
-def unknown(_): raise KeyError
-pwd.getpwuid = unknown
-os.environ.pop("HOME")
-os.chdir({str(tmp_path)!r})
-"""
-    found = plugin.load(release_sources("0.22.1"), before, VLLM_CACHE_ROOT="", XDG_CACHE_HOME="")
-    assert found["level"] == logging.INFO and found["files"]
-
-
-def test_compiles_what_was_verified(tmp_path):
-    """And neither bytecode, nor a file that was changed since."""
-    from vllm_deepstack.plugin import Loader
-
+def test_a_module_is_a_real_file_and_leaves_no_bytecode(release_sources, monkeypatch, tmp_path):
+    """Tracebacks, `inspect` and vLLM's compile cache read it."""
+    root = release_sources(NEWEST)
+    finder = Finder(Installed(root))
+    assert finder.find_spec("vllm.model_executor.models.llama") is None
+    spec = finder.find_spec(module_of(MIXIN))
+    assert spec and spec.origin == str(place(root, MIXIN))
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     file = tmp_path / "module.py"
-    file.write_text("VALUE = 2\n")
-    loader = Loader("module", str(file), b"VALUE = 1\n", True)
-    namespace: dict[str, Any] = {}
-    exec(loader.get_code("module"), namespace)
-    assert namespace["VALUE"] == 1
-    assert loader.get_source("module") == "VALUE = 1\n"
+    file.write_text("VALUE = 1\n")
+    spec = importlib.util.spec_from_file_location(
+        "module", file, loader=Loader("module", str(file))
+    )
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.VALUE == 1 and list(tmp_path.iterdir()) == [file]
+
+
+class TestBuild:
+    @pytest.fixture
+    def few(self, monkeypatch):
+        """A table of two files, which are merged in no time."""
+        whole = table()
+        files = {path: {} for path in whole.files}
+        for path in (MIXIN, f"{MODELS}/qwen3_vl_moe.py"):
+            files[path] = dict([next(iter(whole.files[path].items()))])
+        monkeypatch.setattr(build, "table", lambda: merged.Table(files, {}, {}))
+
+    @pytest.mark.parametrize("where", ["a tree", "a folder of trees", "a wheel"])
+    def test_from_a_folder(self, few, release_sources, tmp_path, monkeypatch, where):
+        root = release_sources("0.20.0")
+        folder = root
+        if where == "a folder of trees":
+            folder = tmp_path / "trees"
+            folder.mkdir()
+            root.rename(folder / "0.20.0")
+        elif where == "a wheel":
+            folder = tmp_path / "wheels"
+            folder.mkdir()
+            import zipfile
+
+            with zipfile.ZipFile(folder / "vllm-0.20.0-py3-none-any.whl", "w") as wheel:
+                for path in table().files:
+                    if (root / path).is_file():
+                        wheel.write(root / path, path)
+        monkeypatch.setenv("DEEPSTACK_SOURCES", str(folder))
+        overlay = overlay_files(OVERLAY)
+        build.build(tmp_path / "made", overlay)
+        assert build.is_built(tmp_path / "made", overlay)
+        assert not build.is_built(tmp_path / "made", overlay | {MIXIN: b""})
+        assert sorted(f.name for f in (tmp_path / "made").rglob("*.py")) == [
+            "deepstack.py",
+            "qwen3_vl_moe.py",
+        ]
+
+    def test_an_original_that_is_not_there(self, few, tmp_path, monkeypatch):
+        monkeypatch.setenv("DEEPSTACK_SOURCES", str(tmp_path))
+        with pytest.raises(build.UserError, match=r"has .*/qwen3_vl_moe.py as vLLM 0.20.0 has it"):
+            build.build(tmp_path / "made", overlay_files(OVERLAY))
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_table_of_another_overlay(self, few, tmp_path):
+        overlay = overlay_files(OVERLAY)
+        overlay[MIXIN] += b"# changed\n"
+        with pytest.raises(build.UserError, match=r"tests\.overlay\.files"):
+            build.build(tmp_path / "made", overlay)
 
 
 @pytest.mark.optional
@@ -398,12 +402,8 @@ def test_a_ray_worker(models, stock_tree, tmp_path):
     subprocess.run(install, check=True)
     env = {"DEEPSTACK_DISABLE": "0", "HF_HUB_OFFLINE": "1", "RAY_AUTH_MODE": "disabled"}
     env["PYTHONPATH"] = os.pathsep.join(map(str, (stock_tree, ray, ROOT)))
-    env["VLLM_CACHE_ROOT"] = str(tmp_path / "cache")
     command = [sys.executable, "-m", "tests.overlay.ray_worker", str(models["qwen3_vl"])]
     done = subprocess.run(command, cwd="/", env=os.environ | env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (told,) = (line for line in done.stdout.splitlines() if line.startswith("CPUWorker "))
-    assert told.startswith(f"CPUWorker {tmp_path}/cache/deepstack/")
-    says = "vLLM 0.22.1, DeepStack fixes for "
-    logged = (done.stdout + done.stderr).splitlines()
-    assert sum("RayWorkerWrapper" in line and says in line for line in logged) == 1
+    assert told.startswith(f"CPUWorker {FOLDER}/")

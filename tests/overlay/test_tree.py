@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib
 import os
 import shutil
 import subprocess
@@ -74,13 +75,13 @@ def test_diff_apply_and_revert(release_sources, version, capsys):
 
 @pytest.mark.parametrize("call", ["changes", "apply"])
 def test_each_file_is_merged_once(sources, monkeypatch, call):
-    merged, merge = [], tree.merge
+    merged, merge = [], importlib.import_module("vllm_deepstack.merge.merge").merge
 
     def counted(*files, path, **how):
         merged.append(path)
         return merge(*files, path=path, **how)
 
-    monkeypatch.setattr(tree, "merge", counted)
+    monkeypatch.setattr("vllm_deepstack.merge.merge.merge", counted)
     getattr(Tree(sources), call)()
     assert QWEN3_VL in merged
     assert sorted(merged) == sorted(set(merged))

@@ -162,10 +162,7 @@ class TestPlugin:
         told = self.status(site, capsys, 0)
         assert (told["verdict"], told["fix"], told["overlay"]) == ("clean", "plugin", "not applied")
         assert told["defects"]["D1"] == "fixed by the overlay"
-        assert (
-            f"\nplugin: vllm-deepstack {__version__}: vLLM 0.22.1, DeepStack fixes for"
-            in told["text"]
-        )
+        assert f"\nplugin: vllm-deepstack {__version__}: fixes Qwen3-VL, " in told["text"]
 
     @pytest.mark.parametrize(
         "variable, value, words",
@@ -201,7 +198,7 @@ class TestPlugin:
         monkeypatch.delenv("DEEPSTACK_DISABLE")
         Tree(site).apply()
         told = self.status(site, capsys, 0)
-        assert told["fix"] == "patch" and "nothing to do" in told["plugin"]
+        assert told["fix"] == "patch" and "has nothing to fix" in told["plugin"]
 
     def test_another_version_of_it(self, site, capsys, monkeypatch):
         monkeypatch.delenv("DEEPSTACK_DISABLE")
@@ -235,8 +232,8 @@ class TestServer:
         "version, code, words",
         [
             ("0.22.1+deepstack.2.cpu", 0, "a `vllm` wheel that has the fixes\nclean"),
-            ("0.33.0", 2, f"`vllm-deepstack {__version__}: vLLM 0.33.0, DeepStack fixes for`"),
-            ("0.33.0+cu129", 2, "vLLM 0.33.0, DeepStack fixes for`"),
+            ("0.33.0", 2, "a line that ends in\n`has the DeepStack fixes (…)`"),
+            ("0.33.0+cu129", 2, "has the DeepStack fixes"),
             ("0.22.1+deepstack.1", 2, "cannot tell: "),
         ],
     )

@@ -127,10 +127,8 @@ def test_without_vllm(distribution, release_sources, tmp_path, monkeypatch, vers
     assert command(found, "vllm-deepstack", "apply", root).returncode == 0
     assert command(found, "vllm-deepstack", "status", root).returncode == 0
     assert command(found, "vllm-deepstack", "revert", root).returncode == 0
-    environ = {"PYTHONPATH": str(root), "VLLM_CACHE_ROOT": str(tmp_path / "cache")}
-    code = "import vllm_deepstack.plugin as plugin; print(plugin.OUTCOME[1])"
-    done = command(found, "python", "-c", code, **environ)
-    assert done.stdout.startswith("vLLM 0.33.0, DeepStack fixes for Qwen3-VL, "), done.stderr
+    brought = {path.name.partition("-")[0] for path in found.glob("*.dist-info")}
+    assert brought == {"vllm_deepstack", "packaging"}  # which vLLM requires, too
 
 
 def test_an_editable_install(distribution, release_sources, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from packaging.version import Version
 
 from ..cli import UserError
 from .imports import add_imports, imported
-from .splice import is_spliced, splice
+from .splice import comparable, is_spliced, splice
 from .syntax import (
     Statement,
     defined_name,
@@ -33,6 +32,8 @@ from .syntax import (
 
 # `# release: <0.23` on the line above a definition: only releases in this range need it.
 RELEASE = re.compile(r"#\s*release:\s*(.*)")
+NOTICE = b"# Changed by vllm-deepstack: this is not the file as vLLM released it.\n"
+SPDX = b"# SPDX-"
 
 
 def merge(
@@ -58,19 +59,23 @@ def merge(
     return whole
 
 
-def replaced(
-    ours: bytes, theirs: bytes, *, path: str, release: Version, overlay: Mapping[str, bytes]
-) -> dict[str, str]:
-    """The definitions of upstream's that a merge replaces or deletes as a whole, with the sha256
-    of each. No anchor would notice that one of them has changed.
+def merge_all(
+    overlay: Mapping[str, bytes], upstream: Mapping[str, bytes | None], release: Version
+) -> dict[str, bytes]:
+    """The overlay's files by path, merged with those of upstream, that a release needs.
 
     Raises:
         UserError: as `merge`.
     """
-    merger = _Merger(path, release, overlay)
-    module, _ = merger.parse_upstream(ours, theirs)
-    merger.module(merger.parse(ours, "the overlay's file"), module)
-    return dict(sorted(merger.replaced.items()))
+    try:
+        return {
+            path: merged_file(ours, upstream.get(path), path=path, release=release, overlay=overlay)
+            for path, ours in overlay.items()
+            if is_needed(ours, path=path, release=release)
+        }
+    finally:  # what is kept for the next file
+        parsed.cache_clear()
+        comparable.cache_clear()
 
 
 def added(ours: bytes, *, path: str, release: Version) -> bytes:
@@ -86,6 +91,25 @@ def added(ours: bytes, *, path: str, release: Version) -> bytes:
             if is_ellipsis(definition) or is_spliced(definition):
                 raise merger.error(defined_name(statement), "upstream has no such file")
     return ours
+
+
+def merged_file(
+    ours: bytes, theirs: bytes | None, *, path: str, release: Version, overlay: Mapping[str, bytes]
+) -> bytes:
+    """What an overlay's file makes of upstream's; None: there is none. What is changed says so, as
+    Apache-2.0, 4b, asks.
+
+    Raises:
+        UserError: the overlay does not fit, or what comes out is no Python.
+    """
+    if theirs is None:
+        return added(ours, path=path, release=release)
+    after = merge(ours, theirs, path=path, release=release, overlay=overlay)
+    if after == theirs or NOTICE in theirs:
+        return after
+    lines = after.splitlines(keepends=True)
+    at = next((i for i, line in enumerate(lines) if not line.startswith(SPDX)), len(lines))
+    return b"".join([*lines[:at], NOTICE, *lines[at:]])
 
 
 def is_needed(ours: bytes, *, path: str, release: Version) -> bool:
@@ -116,7 +140,6 @@ class _Merger:
     release: Version
     overlay: Mapping[str, bytes]
     provided: dict[str, Set[str]] = field(default_factory=dict)
-    replaced: dict[str, str] = field(default_factory=dict)
 
     def error(self, definition: str, problem: object) -> UserError:
         return UserError(f"{self.path}: {definition}: {problem} (vLLM {self.release})")
@@ -216,15 +239,11 @@ class _Merger:
                 return splice(ours, theirs)
             except UserError as error:
                 raise self.error(name, error) from None
-        self.note(name, theirs)
         if meaning(ours) == meaning(theirs):
             return theirs
         comments = [line for line in leading_lines(ours) if line.comment]
         blank = [line for line in leading_lines(theirs) if not line.comment]
         return ours.with_changes(leading_lines=[*blank, *comments])
-
-    def note(self, name: str, theirs: Statement) -> None:
-        self.replaced[name] = hashlib.sha256(source(theirs).encode()).hexdigest()
 
     def check_new(self, statement: Statement, name: str, body: list[Statement]) -> None:
         if any(name == bound for other in body for _, _, bound in imported(other)):
@@ -249,9 +268,7 @@ class _Merger:
         old, body = statements(theirs.body), []
         for statement in old:
             method = isinstance(statement, cst.FunctionDef) and statement.name.value
-            if method in taken_over:
-                self.note(f"{name}.{method}", statement)
-            else:
+            if method not in taken_over:
                 body.append(statement)
         body = self.members(members, body, name)
         merged = with_bases(theirs, ours.bases)

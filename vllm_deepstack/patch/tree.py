@@ -14,8 +14,7 @@ from packaging.version import InvalidVersion, Version
 
 from .. import ROOT, STATE, releases
 from ..cli import UserError, uncollected
-from ..merge.merge import added, is_needed, merge, parsed, replaced
-from ..merge.splice import comparable
+from ..merged import BUILT, NONE, table
 from . import record
 from .transaction import Files, Transaction, locked
 
@@ -52,25 +51,10 @@ class Merged:
     after: bytes
 
 
-@contextmanager
-def merging() -> Iterator[None]:
-    """What is kept for the next file is let go at the end."""
-    with uncollected():
-        try:
-            yield
-        finally:
-            parsed.cache_clear()
-            comparable.cache_clear()
-
-
-class UnknownReleaseError(UserError):
-    """The vLLM is of a release that is not in the table."""
-
-
 class Tree:
     """A folder that contains `vllm/`: site-packages, an unpacked wheel or sdist, a checkout.
 
-    With `untested`, a release that is newer than those of the table is taken as it is.
+    With `built`, files are replaced by those that the package holds, and not merged with LibCST.
 
     Raises:
         UserError: it contains none, or one of a release that is not known.
@@ -80,9 +64,9 @@ class Tree:
         self,
         root: Path,
         overlay: Path | Mapping[str, bytes] = OVERLAY,
-        untested: bool = False,
+        built: bool = False,
     ):
-        self.root, self.untested = root, untested
+        self.root, self.built = root, built or (BUILT and overlay == OVERLAY)
         self.overlay = overlay_files(overlay) if isinstance(overlay, Path) else overlay
         if root.is_file():
             raise UserError(f"{root}: is a file; name a folder that contains vllm/")
@@ -95,19 +79,13 @@ class Tree:
     def _release(self) -> releases.Release:
         table = releases.releases()
         version = version_of(self.root)
-        if version:
-            public = Version(version.public)
-            if public in table:
-                return table[public]
-            if self.untested and public > max(table):
-                hashes = {path: self._hash(path) for path in self.overlay}
-                sources = {path: found for path, found in hashes.items() if found}
-                return releases.Release(public, {}, sources, {}, {})
-        else:  # a checkout that was never built: it is known by its files
-            for release in table.values():
-                if all(self._hash(path) == digest for path, digest in release.sources.items()):
-                    return release
-        raise UnknownReleaseError(
+        if version and Version(version.public) in table:
+            return table[Version(version.public)]
+        # A checkout that was never built, a nightly, a vendor's build: it is known by its files.
+        for release in table.values():
+            if all(self._hash(path) == digest for path, digest in release.sources.items()):
+                return release
+        raise UserError(
             f"{self.root}: unknown release: vLLM {version or 'of unknown version'}; the overlay "
             f"knows {', '.join(map(str, table))}"
         )
@@ -121,45 +99,54 @@ class Tree:
         data = self._read(path)
         return None if data is None else releases.sha256(data)
 
-    @merging()
     def plan(self) -> list[Merged]:
-        """The overlay's files, each merged once, that this release needs.
+        """The overlay's files that this release needs.
 
         Raises:
             UserError: a file is not the release's, or the overlay does not fit it.
         """
         manifest = self.manifest()
+        upstream = {path: self._read(path) for path in self.overlay if path in self.release.sources}
+        for path, data in upstream.items():
+            if data is None:
+                version = self.release.version
+                raise UserError(f"{self.root / path}: missing, though vLLM {version} has it")
+        after = self._built(upstream) if self.built else self._merged(upstream)
         found = []
-        version = self.release.version
-        for path, ours in self.overlay.items():
-            if not is_needed(ours, path=path, release=version):
-                continue
-            if path in self.release.sources:
-                upstream = self._read(path)
-                if upstream is None:
-                    raise UserError(f"{self.root / path}: missing, though vLLM {version} has it")
-                after = merge(ours, upstream, path=path, release=version, overlay=self.overlay)
-            else:
-                upstream, after = None, added(ours, path=path, release=version)
-            merged = Merged(path, self.transaction.read(path), upstream, after)
+        for path, data in after.items():
+            merged = Merged(path, self.transaction.read(path), upstream.get(path), data)
             if self._foreign(merged) and (
                 not manifest or digest(merged.current) != manifest["files"].get(path)
             ):
-                raise UserError(
-                    f"{self.root / path}: not as vLLM {version} was released: edited by someone "
-                    "else; reinstall vLLM or undo the edit"
-                )
+                raise self._edited(path)
             found.append(merged)
         return found
 
-    def replaced(self, path: str) -> dict[str, str]:
-        """As `merge.replaced`, of a file that has not been merged; nothing where there is none."""
-        theirs = self._read(path)
-        if theirs is None or path not in self.overlay:
-            return {}
-        release = self.release.version
-        return replaced(
-            self.overlay[path], theirs, path=path, release=release, overlay=self.overlay
+    def _built(self, upstream: Files) -> dict[str, bytes]:
+        after = {}
+        for path in self.overlay:
+            data = upstream.get(path)
+            sha = digest(data) or NONE
+            if file := table().files[path].get(sha):
+                after[path] = file.place.read_bytes() if file.merged else data or b""
+            elif data is not None:
+                if sha not in table().merged:
+                    raise self._edited(path)
+                after[path] = data
+        return after
+
+    def _merged(self, upstream: Files) -> dict[str, bytes]:
+        try:
+            from ..merge.merge import merge_all
+        except ImportError as error:
+            raise UserError(f"{error}: pip install libcst") from None
+        with uncollected():
+            return merge_all(self.overlay, upstream, self.release.version)
+
+    def _edited(self, path: str) -> UserError:
+        return UserError(
+            f"{self.root / path}: not as vLLM {self.release.version} was released: edited by "
+            "someone else; reinstall vLLM or undo the edit"
         )
 
     def _foreign(self, merged: Merged) -> bool:

@@ -9,7 +9,7 @@ import re
 import sys
 import urllib.request
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from importlib import import_module
 from importlib.metadata import Distribution, distributions
@@ -21,10 +21,10 @@ from packaging.version import Version
 
 from .. import OFF, PLUGIN, __version__, cli, is_off, releases
 from ..cli import UserError
+from ..merged import BUILT, Installed, table
 from .defects import KINDS, MODELS, NO_LEVELS
 from .status import SCHEMA, UNKNOWN, status
 from .tree import OVERLAY, Tree, overlay_files
-from .verdict import verdict
 
 SOURCE = "vllm_deepstack/__init__.py"  # in the distribution
 TREE = (
@@ -167,8 +167,15 @@ def plugin_says(root: Path, distribution: Distribution) -> tuple[str, dict[str, 
         return f"{name} does not run: {OFF}={os.environ[OFF]}", {}
     if distribution.version != __version__:
         return f"{name} is there; this is {__version__}, and cannot tell what it does", {}
-    found = verdict(root)
-    return f"{name}: {found.text}", found.files
+    installed, served, fixes = Installed(root), {}, dict[str, list[str]]()
+    for path in table().files:
+        if file := installed.replacement(path):
+            served[path] = file.place.read_bytes()
+            for model, defects in file.fixes.items():
+                fixes.setdefault(model, []).extend(defects)
+    texts = [f"fixes {', '.join(fixes)}" if fixes else "has nothing to fix"]
+    texts += [f"{root / path} {why}" for path, why in installed.unknown.items()]
+    return f"{name}: {'; '.join(texts)}", served
 
 
 def show_server(args: argparse.Namespace) -> int:
@@ -192,8 +199,8 @@ def show_server(args: argparse.Namespace) -> int:
     else:
         print(
             f"vLLM {version} at {args.url}\ncannot tell: a server does not say how its models were "
-            "loaded. With the plugin, each of\nits processes logs a line that begins with "
-            f"`vllm-deepstack {__version__}: vLLM {version.public}, DeepStack fixes for`"
+            "loaded. With the plugin, each\nprocess that runs a model logs a line that ends in\n"
+            "`has the DeepStack fixes (…)`"
         )
     return 0 if fork else UNKNOWN
 
@@ -204,8 +211,9 @@ def opened(args: argparse.Namespace) -> Iterator[tuple[Tree, str]]:
     put in the way, also while it works, it reads and writes no more than they can."""
     root = args.tree or installed()
     overlay = overlay_files(args.overlay)  # which that user may not be able to read
+    built = BUILT and args.overlay == OVERLAY
     with owner_of(root):
-        tree = Tree(root, overlay)
+        tree = Tree(root, overlay, built)
         yield tree, f"vLLM {tree.release.version} in {tree.root}"
 
 
@@ -216,7 +224,9 @@ def owner_of(root: Path) -> Iterator[None]:
         yield
         return
     releases.releases()
-    import_module("libcst.native")  # which a parser imports when it is first called
+    table()
+    with suppress(ImportError):
+        import_module("libcst.native")  # which a parser imports when it is first called
     group, groups = os.getegid(), os.getgroups()
     try:
         os.setgroups([])

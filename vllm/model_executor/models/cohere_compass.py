@@ -2,8 +2,7 @@
 # release: >=0.30
 """Cohere Compass: the changes of Qwen3-VL, whose methods it copied."""
 
-from .deepstack import DeepStackMixin
-from .qwen3_vl import check_embedding_widths
+from .deepstack import DeepStackMixin, check_embedding_widths
 
 
 class CohereCompassMultiModalProcessor:

@@ -18,6 +18,20 @@ from vllm.v1.worker.ubatching import dbo_current_ubatch_id, dbo_enabled
 from .utils import StageMissingLayer, _merge_multimodal_embeddings
 
 
+def check_embedding_widths(vision_config, hf_inputs) -> None:
+    """Raises ValueError unless a request's embeddings have the tower's width (D15)."""
+    levels = len(getattr(vision_config, "deepstack_visual_indexes", None) or ())
+    names = {"image_embeds", "video_embeds"} & hf_inputs.keys() if levels else ()
+    for name in names:
+        embeds, width = hf_inputs[name], (1 + levels) * vision_config.out_hidden_size
+        for item in [embeds] if hasattr(embeds, "shape") else embeds:
+            if item.shape[-1] != width:
+                raise ValueError(
+                    f"`{name}` are {item.shape[-1]} wide; the model takes {width}: the "
+                    f"decoder's input and {levels} DeepStack levels, side by side"
+                )
+
+
 def rows_with_levels(size: int, embeddings: Sequence[torch.Tensor], is_multimodal):
     """The rows of embeddings that are wider than `size`: not of `prompt_embeds`."""
     sizes = torch.tensor([e.size() for e in embeddings])
@@ -117,7 +131,8 @@ class DeepStackMixin(torch.nn.Module):
         `embed_input_ids` does."""
         if torch.compiler.is_compiling() or dbo_enabled():
             return
-        if staged := self.deepstack_input_embeds_num_tokens:
+        staged = self.deepstack_input_embeds_num_tokens
+        if staged > 0:
             for buffer in self._deepstack_buffers:
                 buffer[: min(num_tokens, staged)].zero_()
         if num_tokens >= staged:

@@ -2,8 +2,7 @@
 """Qwen3-Omni's thinker: as Qwen3-VL (D1, D2, D7, D9, D15); images on a Hopper (D8),
 M-RoPE positions (D12), short first stages (D13), `prompt_embeds` (D14)."""
 
-from .deepstack import DeepStackMixin
-from .qwen3_vl import check_embedding_widths
+from .deepstack import DeepStackMixin, check_embedding_widths
 
 
 class Qwen3Omni_VisionTransformer:

@@ -1,0 +1,138 @@
+"""vLLM's files, known by their contents: what replaces each, what that fixes, what it needs.
+
+The table is requirements/files.json, which `python -m tests.overlay.files` writes. The merged files
+are made of it when the package is built. Only the standard library is imported: this runs in every
+process of a server.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+
+from . import ROOT
+
+TABLE = ROOT / "requirements" / "files.json"
+HERE = Path(__file__).parent
+BUILT = (HERE / "merged").is_dir()
+"""Whether this is the package as it is installed, and no clone."""
+FOLDER = HERE / "merged" if BUILT else ROOT / "build" / "merged"
+"""Where the merged files are."""
+NONE = ""
+"""Stands for the sha256 of a file that vLLM does not have, and the fork adds."""
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of vLLM's, as some release has it."""
+
+    path: str
+    """In vLLM: `vllm/model_executor/models/qwen3_vl.py`."""
+    release: str
+    """The first that has it."""
+    merged: str | None
+    """The sha256 of the file that replaces it; None where nothing has to change."""
+    fixes: dict[str, list[str]] = field(default_factory=dict)
+    """By model, the defects that end when this file is replaced."""
+    needs: list[str] = field(default_factory=list)
+    """The paths of other merged files that the merged file imports."""
+    names: dict[str, list[str]] = field(default_factory=dict)
+    """By module of vLLM's, what the merged file imports and the original does not."""
+
+    @property
+    def place(self) -> Path:
+        """Of the merged file."""
+        assert self.merged
+        return FOLDER / self.merged[:16] / Path(self.path).name
+
+
+@dataclass
+class Table:
+    files: dict[str, dict[str, File]]
+    """By path, and by the sha256 of the original."""
+    kinds: dict[str, tuple[str, str]]
+    """By model, the module and the name of its class."""
+    levels: dict[str, str]
+    """By model, what its configuration calls the levels, if it is a matter of levels."""
+
+    @cached_property
+    def merged(self) -> dict[str, File]:
+        """By the sha256 of the merged file."""
+        return {f.merged: f for of in self.files.values() for f in of.values() if f.merged}
+
+
+@cache
+def table() -> Table:
+    read = json.loads(TABLE.read_text())
+    files = {
+        path: {sha: File(path, **entry) for sha, entry in of.items()}
+        for path, of in read["files"].items()
+    }
+    return Table(files, {model: tuple(of) for model, of in read["kinds"].items()}, read["levels"])
+
+
+def sha256(file: Path) -> str:
+    """`NONE` for no file."""
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else NONE
+
+
+def module_of(path: str) -> str:
+    return path.removesuffix(".py").replace("/", ".")
+
+
+@dataclass
+class Installed:
+    """The files of a vLLM, in the folder that has `vllm/`, and those that can replace them."""
+
+    root: Path
+    unknown: dict[str, str] = field(default_factory=dict)
+    """Why files are left as they are, by path."""
+    looked_up: dict[str, File | None] = field(default_factory=dict)
+
+    def replacement(self, path: str) -> File | None:
+        """What replaces a file; None where it is fixed, or unknown, or needs what is unknown."""
+        if path not in self.looked_up:
+            self.looked_up[path] = None  # for two files that need each other
+            self.looked_up[path] = self._look_up(path)
+        return self.looked_up[path]
+
+    def _look_up(self, path: str) -> File | None:
+        try:
+            digest = sha256(self.root / path)
+        except OSError as error:
+            self.unknown[path] = f"cannot be read: {error.strerror}"
+            return None
+        if digest in table().merged:
+            return None
+        found = table().files[path].get(digest)
+        if found is None:
+            if digest:
+                self.unknown[path] = "is not as any release that vllm-deepstack knows has it"
+            return None
+        if not found.merged:
+            return None
+        if not found.place.is_file():
+            self.unknown[path] = f"has no merged file in {FOLDER}: install vllm-deepstack again"
+            return None
+        for other in found.needs:
+            if not self.replacement(other) and sha256(self.root / other) not in table().merged:
+                self.unknown[path] = f"needs {other}, which cannot be replaced"
+                return None
+        for module, names in found.names.items():
+            if missing := self.missing(module, names):
+                self.unknown[path] = f"needs {missing[0]} of {module}, which is not there"
+                return None
+        return found
+
+    def missing(self, module: str, names: list[str]) -> list[str]:
+        """Of names that a module should have, those that its source does not mention."""
+        base = self.root / module.replace(".", "/")
+        file = next(
+            (f for f in (base.with_suffix(".py"), base / "__init__.py") if f.is_file()), None
+        )
+        text = file.read_text(errors="replace") if file else ""
+        return [name for name in names if not re.search(rf"\b{name}\b", text)]
