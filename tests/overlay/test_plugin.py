@@ -122,9 +122,12 @@ class TestUnknownFiles:
 
     def test_another_fix(self, release_sources):
         root = release_sources("0.22.1")
-        for change in Tree(root, PR43617).changes():
+        before, changes = served(root), Tree(root, PR43617).changes()
+        for change in changes:
             (root / change.path).write_bytes(change.after)
-        assert served(root).keys() == {ERNIE, EXPERTS, f"{MODELS}/transformers/multimodal.py"}
+        granite = f"{MODELS}/granite4_vision.py"  # needs the mixin, which is another one there
+        left = {granite, *(change.path for change in changes)}
+        assert served(root).keys() == before.keys() - left
 
     @pytest.mark.parametrize("gone", ["a name", "a module"])
     def test_what_merged_code_imports(self, release_sources, gone):

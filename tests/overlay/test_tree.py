@@ -119,6 +119,7 @@ class TestErrors:
     @pytest.mark.parametrize("verb", ["diff", "apply"])
     def test_unknown_release(self, sources, verb, capsys):
         (sources / "vllm/_version.py").write_text("__version__ = version = '0.19.1'\n")
+        (sources / QWEN3_VL).write_text("x = 1\n")
         fails(sources, "unknown release", "0.19.1", "0.22.1", verb=verb, capsys=capsys)
 
     def test_no_version(self, sources, capsys):

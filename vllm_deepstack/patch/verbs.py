@@ -167,13 +167,11 @@ def plugin_says(root: Path, distribution: Distribution) -> tuple[str, dict[str, 
         return f"{name} does not run: {OFF}={os.environ[OFF]}", {}
     if distribution.version != __version__:
         return f"{name} is there; this is {__version__}, and cannot tell what it does", {}
-    installed, served, fixes = Installed(root), {}, dict[str, list[str]]()
-    for path in table().files:
-        if file := installed.replacement(path):
-            served[path] = file.place.read_bytes()
-            for model, defects in file.fixes.items():
-                fixes.setdefault(model, []).extend(defects)
-    texts = [f"fixes {', '.join(fixes)}" if fixes else "has nothing to fix"]
+    installed = Installed(root)
+    files = [file for path in table().files if (file := installed.replacement(path))]
+    served = {file.path: file.place.read_bytes() for file in files}
+    fixed = [model for model in table().kinds if any(model in file.fixes for file in files)]
+    texts = [f"fixes {', '.join(fixed)}" if fixed else "has nothing to fix"]
     texts += [f"{root / path} {why}" for path, why in installed.unknown.items()]
     return f"{name}: {'; '.join(texts)}", served
 
