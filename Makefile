@@ -55,7 +55,7 @@ WHEELS = $(foreach device,$(DEVICES),$(addprefix wheel-$(device)-,$(shell $(LIST
 
 .PHONY: help wheel install plugin pr parity geo3k bench bench-tools bench-gpu bench-staging test \
 	test-fast test-unit test-engines test-all test-upstream test-gpu test-gpu-plugin test-two-gpus release \
-	pipeline lint clean
+	lint clean
 
 help:
 	@sed -nE '/^## /{s/^## //;h;n;s/^([a-z0-9-]+):.*/\1/;G;s/\n/\t/;p}' Makefile | expand -t 16
@@ -224,9 +224,6 @@ release: plugin
 # wheel-cpu-0.22.1
 $(addsuffix -%,$(addprefix wheel-,$(DEVICES))):
 	$(MAKE) wheel RELEASE=$* VLLM_TARGET_DEVICE=$(patsubst wheel-%-$*,%,$@)
-
-pipeline: .venv/tools
-	@.venv/bin/python .buildkite/pipeline.py
 
 clean:
 	rm -rf build dist
