@@ -155,11 +155,10 @@ def test_omni_takes_a_first_stage_of_just_enough(engine_config, no_amx, monkeypa
     assert made_by(initialize(engine_config(OMNI))) == EXPECTED
 
 
-def moss_audio(engine_config, **options):
+def moss_audio(config):
     from vllm.config import set_current_vllm_config
 
     module = import_module("vllm.model_executor.models.moss_audio")
-    config = engine_config("qwen3_vl", **options)
     config.model_config.hf_config = module.MossAudioConfig(**MOSS_AUDIO)
     with set_current_vllm_config(config):
         return module.MossAudioModel(vllm_config=config)
@@ -168,26 +167,23 @@ def moss_audio(engine_config, **options):
 @pytest.mark.release(">=0.24")
 @bites("newest")
 def test_moss_audio(engine_config):
-    model = moss_audio(engine_config)
+    model = moss_audio(engine_config("qwen3_vl"))
     assert made_by(model) == EXPECTED[:2]
     assert len([key for key, _ in model.named_buffers() if "deepstack" in key]) == 2
 
 
-@pytest.mark.release(">=0.27")  # before, its encoder cannot be made without weights
+@pytest.mark.release(">=0.33")  # before, its encoder cannot be made without weights
 def test_moss_audio_without_a_tower(engine_config):
-    model = moss_audio(engine_config, limit_mm_per_prompt={"audio": 0})
+    model = moss_audio(engine_config("qwen3_vl", limit_mm_per_prompt={"audio": 0}))
     assert model._get_deepstack_input_embeds(5) is None
 
 
-@pytest.mark.release(">=0.30")  # before, it does not import beside today's Transformers
-@bites("newest")
-def test_granite_4_vision(engine_config):
+def granite_4_vision(config):
     from vllm.config import set_current_vllm_config
 
     transformers = import_module("transformers")
     module = import_module("vllm.model_executor.models.granite4_vision")
     small = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
-    config = engine_config("qwen3_vl")
     config.model_config.hf_config = transformers.Granite4VisionConfig(
         vision_config={"model_type": "siglip_vision_model", "num_hidden_layers": 2, **small}
         | {"image_size": 64, "patch_size": 16},
@@ -200,9 +196,30 @@ def test_granite_4_vision(engine_config):
         spatial_target_layers=[2, 3],
     )
     with set_current_vllm_config(config):
-        model = module.Granite4VisionForConditionalGeneration(vllm_config=config)
+        return module.Granite4VisionForConditionalGeneration(vllm_config=config)
+
+
+@pytest.mark.release(">=0.30")  # before, it does not import beside today's Transformers
+@bites("newest")
+def test_granite_4_vision(engine_config):
+    model = granite_4_vision(engine_config("qwen3_vl"))
     found = [buffer for key, buffer in model.named_buffers() if "deepstack" in key]
     assert [id(buffer) for buffer in found] == [id(buffer) for buffer in buffers_of(model)]
     assert [tuple(buffer.shape) for buffer in found] == [(TOKENS, 64)] * 4
     assert not any("deepstack" in key for key in model.state_dict())
     assert torch.stack(found).eq(0).all()
+
+
+@pytest.mark.release(">=0.30")
+@bites("0.32.0", "newest")
+@pytest.mark.parametrize("make", [moss_audio, granite_4_vision])
+def test_decoders_of_copies_are_shared_with_none_that_differs(make, engine_config):
+    """D20. The fork's are none of the release's, either; 0.33.0 has the limits in its own key."""
+    keys = []
+    for options in ({}, {"enable_mm_embeds": True}):
+        config = engine_config("qwen3_vl", **options)
+        released = config.compute_hash()
+        make(config)
+        assert config.compute_hash() != released
+        keys.append(config.additional_config["deepstack"])
+    assert len(set(keys)) == 2

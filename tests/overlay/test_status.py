@@ -390,7 +390,9 @@ def test_what_the_overlay_leaves(release_sources):
     jsonschema.validate(found.json(), SCHEMA)
 
 
-@pytest.mark.parametrize("package", ["vllm_omni", "vllm_ascend"])
+@pytest.mark.parametrize(
+    "package", ["vllm_omni", "vllm_ascend", "tpu_inference", "vllm_gaudi", "vllm_rbln"]
+)
 def test_packages_that_register_or_replace(release_sources, package):
     root = release_sources("0.33.0")
     names = [text.split()[0] for text in status(root).warnings]

@@ -200,6 +200,20 @@ class TestPlugin:
         told = self.status(site, capsys, 0)
         assert told["fix"] == "patch" and "has nothing to fix" in told["plugin"]
 
+    def test_a_stale_distribution_hides_it(self, site, capsys, monkeypatch, tmp_path):
+        """vLLM looks no further than the first of a name. It had the same, and no plugin."""
+        monkeypatch.delenv("DEEPSTACK_DISABLE")
+        info = tmp_path / "vllm_deepstack-0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Name: vllm-deepstack\nVersion: 0\n")
+        monkeypatch.setattr(sys, "path", [str(tmp_path), str(site), *sys.path])
+        monkeypatch.setattr("vllm_deepstack.patch.verbs.installed", lambda: site)
+        assert main(["status"]) == 1
+        assert "fixed by: nothing" in capsys.readouterr().out
+        (info / "METADATA").unlink()
+        info.rmdir()
+        assert main(["status"]) == 0
+
     def test_another_version_of_it(self, site, capsys, monkeypatch):
         monkeypatch.delenv("DEEPSTACK_DISABLE")
         metadata = next(site.glob("*.dist-info/METADATA"))

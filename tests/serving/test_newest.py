@@ -178,7 +178,8 @@ def test_prompt_embeds_beside_media_are_text(start, model, options):
         Spelled(each.tokens, vectors=engine.model(partial(look_up, ids=each.ids())))
         for each in words
     ]
-    only = [(0, Text(4))] if SpecifierSet(">=0.32").contains(version()) else []  # not looked into
+    # As released, 0.22.1 embeds their placeholders where no medium is beside them.
+    only = [(0, Text(4))] if SpecifierSet(">=0.32").contains(version()) else []
     for parts in ((0, medium, 1, Text(4)), *only, (Text(4), medium, Text(2), 1)):
         texts, embeds = (
             kind(tuple(of[part] if isinstance(part, int) else part for part in parts), 4)

@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from .. import OFF, PLUGIN, __version__, cli, is_off, releases
@@ -148,12 +149,18 @@ def linted(root: Path, ours: Iterable[str]) -> list[str]:
 
 
 def plugin(tree: Path | None) -> Distribution | None:
-    """The distribution whose plugin a vLLM would load: from `tree`, or this Python's."""
+    """The distribution whose plugin a vLLM would load: from `tree`, or this Python's.
+
+    As `importlib.metadata.entry_points`: of two distributions of a name, the first that is found.
+    """
+    seen = set()
     for distribution in distributions(path=[str(tree)]) if tree else distributions():
-        if distribution.metadata["Name"] == "vllm-deepstack":
+        name = canonicalize_name(distribution.metadata["Name"] or "")
+        if name == "vllm-deepstack" and name not in seen:
             for entry in distribution.entry_points:
                 if entry.group == "vllm.general_plugins" and entry.name == PLUGIN:
                     return distribution
+        seen.add(name)
     return None
 
 
