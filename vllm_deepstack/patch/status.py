@@ -27,7 +27,7 @@ BESIDE = {
     "vllm_ascend": "vllm-ascend replaces Qwen3-VL's reading and clearing when it is loaded: what "
     "is said here of D1, D2 and D9 is of vLLM's own methods",
 } | {
-    name: f"{name} has models of its own, or changes vLLM's: nothing here is about those"
+    name: f"{name.replace('_', '-')} has models of its own, or changes vLLM's: nothing here is about those"
     for name in ("tpu_inference", "vllm_gaudi", "vllm_rbln")
 }
 INTERNS1_PRO_DROPS = (
