@@ -1,6 +1,6 @@
 """The merge, rule by rule, as source before and after."""
 
-from textwrap import dedent
+from textwrap import dedent, indent
 
 import pytest
 from hypothesis import given, settings
@@ -90,6 +90,38 @@ class TestImports:
             "from .elsewhere import Staging\n",
             "from .base import Staging\n",
             "Staging is something else",
+        )
+
+    @pytest.mark.parametrize(
+        "theirs",
+        [
+            "import os.path as torch",
+            "a, torch = 1, 2",
+            "a = torch = 1",
+            "if a:\n    import torch",
+            "try:\n    import torch\nexcept ImportError:\n    torch = None",
+            "for torch in []:\n    pass",
+        ],
+    )
+    def test_name_that_upstream_binds_in_another_way_is_an_error(self, theirs):
+        line = theirs.partition("\n")[0]
+        fails(f"{theirs}\n", "import torch\n", f"torch is something else upstream: `{line}`")
+
+    @pytest.mark.parametrize(
+        "overlay, merged",
+        [
+            ("class A(tail.B): ...", "class A(tail.B):\n    x = 1"),
+            ("@tail.cached\ndef f(): pass\nclass A: ...", None),
+            ("X = tail.X\nclass A: ...", "X = tail.X\nclass A:\n    x = 1"),
+        ],
+    )
+    def test_import_goes_above_its_first_use(self, overlay, merged):
+        """Though `tail` sorts below `last`."""
+        merged = merged or "\n\n@tail.cached\ndef f(): pass\nclass A:\n    x = 1"
+        check(
+            "import os\nclass A:\n    x = 1\nfrom . import last\nprint(A)\n",
+            f"from . import tail\n{overlay}\n",
+            f"import os\nfrom . import tail\n{merged}\nfrom . import last\nprint(A)\n",
         )
 
     def test_star_is_an_error(self):
@@ -208,6 +240,30 @@ class TestDefinitions:
     def test_definition_that_upstream_imports_is_an_error(self):
         fails("from .utils import f\n", "def f():\n    return 1\n", "f", "imports it")
 
+    @pytest.mark.parametrize(
+        "theirs",
+        [
+            "f, g = 1, 2",
+            "f = g = 1",
+            "if True:\n    def f(): pass",
+            "try:\n    from a import f\nexcept ImportError:\n    f = None",
+            "for f in []:\n    pass",
+            "with a as f:\n    pass",
+            "if True:\n    class f: pass",
+        ],
+    )
+    @pytest.mark.parametrize("ours", ["f = 1", "def f(): pass", "class f(B):\n    x = 1"])
+    def test_definition_that_upstream_has_in_another_way_is_an_error(self, theirs, ours):
+        words = ["f", f"upstream defines it in another way: `{theirs.partition(chr(10))[0]}`"]
+        fails(f"{theirs}\n", f"{ours}\n", *words)
+        theirs, ours = indent(theirs, "    "), indent(ours, "    ")
+        fails(f"class A:\n{theirs}\n", f"class A:\n{ours}\n", "A.f", *words[1:])
+        fails(f"class A:\n{theirs}\n    def f(): pass\n", f"class A:\n{ours}\n", "A.f", "2 times")
+
+    def test_names_inside_of_upstreams_functions_are_others(self):
+        before = "if a:\n    def g(f, x): f = [f for f in x]\nx.f = f\n"
+        check(before, "f = 1\n", f"{before}f = 1\n")
+
     def test_ambiguous_definition_is_an_error(self):
         fails("def f(): pass\ndef f(): pass\n", "def f():\n    return 1\n", "f", "2 times")
 
@@ -270,6 +326,14 @@ class Model(
             "from vllm.model_executor.models.base import Staging\nclass Model(Staging): ...\n",
         )
         assert "def get" not in after
+
+    def test_what_shadows_the_base_and_is_no_method_is_an_error(self):
+        fails(
+            CLASS.replace("size = 1", "size, get = 1, None"),
+            "from .base import Staging\n\n\nclass Model(Staging): ...\n",
+            "Model.get",
+            "another way: `size, get = 1, None`",
+        )
 
     def test_other_base_takes_nothing_over(self):
         after = merged(CLASS, "from .other import Staging\nclass Model(Staging): ...\n")

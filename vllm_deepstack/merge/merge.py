@@ -15,11 +15,12 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import Version
 
 from ..cli import UserError
-from .imports import add_imports, imported
+from .imports import add_imports, bound, imported
 from .splice import comparable, is_spliced, splice
 from .syntax import (
     Statement,
     defined_name,
+    first_line,
     is_docstring,
     is_ellipsis,
     leading_lines,
@@ -169,11 +170,11 @@ class _Merger:
         self.provided = self.bases_of_the_fork(ours)
         wanted = self.wanted(with_header(ours), "module")
         imports = [s for s in wanted if isinstance(single(s), (cst.Import, cst.ImportFrom))]
+        body = self.members([s for s in wanted if s not in imports], list(theirs.body), "")
         try:
-            body = add_imports(imports, list(theirs.body))
+            body = add_imports(imports, body)
         except UserError as error:
             raise self.error("imports", error) from None
-        body = self.members([s for s in wanted if s not in imports], body, "")
         return theirs if body == list(theirs.body) else theirs.with_changes(body=body)
 
     def wanted(self, body: Iterable[Statement], where: str) -> list[Statement]:
@@ -214,13 +215,13 @@ class _Merger:
                     owner or "module",
                     f"`{source(statement)}` is not a definition: it cannot be merged",
                 )
-            found = [i for i, other in enumerate(body) if defined_name(other) == name]
+            found = [i for i, other in enumerate(body) if name in bound(other)]
             if len(found) > 1:
                 raise self.error(definition, f"upstream defines it {len(found)} times")
             if found:
                 body[found[0]] = self.definition(statement, body[found[0]], definition)
             else:
-                self.check_new(statement, definition, body)
+                self.check_new(statement, definition)
                 at = next(
                     (i for i, s in enumerate(body) if defined_name(s) == following), len(body)
                 )
@@ -229,6 +230,10 @@ class _Merger:
         return body
 
     def definition(self, ours: Statement, theirs: Statement, name: str) -> Statement:
+        if imported(theirs):
+            raise self.error(name, "upstream imports it instead of defining it")
+        if not defined_name(theirs):
+            raise self.error(name, f"upstream defines it in another way: `{first_line(theirs)}`")
         if type(ours) is not type(theirs):
             raise self.error(name, "upstream's is another kind of definition")
         if isinstance(ours, cst.ClassDef) and isinstance(theirs, cst.ClassDef):
@@ -245,9 +250,7 @@ class _Merger:
         blank = [line for line in leading_lines(theirs) if not line.comment]
         return ours.with_changes(leading_lines=[*blank, *comments])
 
-    def check_new(self, statement: Statement, name: str, body: list[Statement]) -> None:
-        if any(name == bound for other in body for _, _, bound in imported(other)):
-            raise self.error(name, "upstream imports it instead of defining it")
+    def check_new(self, statement: Statement, name: str) -> None:
         if (isinstance(statement, cst.FunctionDef) and is_spliced(statement)) or (
             isinstance(statement, cst.ClassDef)
             and any(map(is_ellipsis, statements(statement.body)))
@@ -267,9 +270,11 @@ class _Merger:
         }
         old, body = statements(theirs.body), []
         for statement in old:
-            method = isinstance(statement, cst.FunctionDef) and statement.name.value
-            if method not in taken_over:
+            if not (shadows := taken_over & bound(statement)):
                 body.append(statement)
+            elif not isinstance(statement, cst.FunctionDef):
+                problem = f"upstream defines it in another way: `{first_line(statement)}`"
+                raise self.error(f"{name}.{min(shadows)}", problem)
         body = self.members(members, body, name)
         merged = with_bases(theirs, ours.bases)
         if body == old:
