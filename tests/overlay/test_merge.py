@@ -452,7 +452,7 @@ class TestSplice:
             class A:
                 def f(self, x, *, y=2):
                     ...
-                    b = a+y
+                    b = a+y  # anchor
                     between()
                     ...
             """,
@@ -467,10 +467,10 @@ class TestSplice:
                 def f(self, x, *, y=2):
                     ...
                     one()
-                    b = a + y
+                    b = a + y  # anchor
                     ...
                     two()
-                    return c
+                    return c  # anchor
             """,
             METHOD.replace("\n        b =", "        one()\n\n        b =").replace(
                 "        return", "        two()\n        return"
@@ -487,11 +487,16 @@ class TestSplice:
     @pytest.mark.parametrize(
         "body, words",
         [
-            ("...\nb = a - y\nnew()\n...", ["A.f", "`b = a - y`", "upstream has no"]),
+            ("...\nb = a - y  # anchor\nnew()\n...", ["A.f", "upstream has no `b = a - y`"]),
+            ("b = a - y  # anchor\nnew()\n...", ["A.f", "upstream has no `b = a - y`"]),
+            ("...\nnew()\nreturn b  # anchor", ["A.f", "upstream has no `return b`"]),
+            ("...\n# anchor\nreturn b\nnew()", ["A.f", "upstream has no `return b`"]),
             ("...\nnew()\n...", ["A.f", "between two", "`new()`"]),
-            ("...\na = x\nreturn c\n...", ["A.f", "other statements"]),
-            ("b = a + y\nnew()\n...", ["A.f", "other statements"]),
-            ("...\nc = b\n...\nb = a + y\n...", ["A.f", "another order"]),
+            ("...\na = x  # anchor\nreturn c  # anchor\n...", ["A.f", "other statements"]),
+            ("b = a + y  # anchor\nnew()\n...", ["A.f", "other statements"]),
+            ("...\nc = b  # anchor\n...\nb = a + y  # anchor\n...", ["A.f", "another order"]),
+            ("...\nb = a + y\nnew()\n...", ["A.f", "`b = a + y`", "mark it `# anchor`"]),
+            ("...\nnew()\nreturn c", ["A.f", "`return c`", "mark it `# anchor`"]),
         ],
     )
     def test_anchor_that_does_not_fit_is_an_error(self, body, words):
@@ -501,8 +506,130 @@ class TestSplice:
     def test_ambiguous_anchor_is_an_error(self):
         fails(
             "def f():\n    g()\n    h()\n    g()\n",
-            "def f():\n    ...\n    g()\n    new()\n    ...\n",
+            "def f():\n    ...\n    g()  # anchor\n    new()\n    ...\n",
             "`g()` 2 times",
+        )
+
+    def test_mark_at_the_end_of_the_first_line_or_above(self):
+        """Upstream's text stays; what is not marked has a comment of its own."""
+        check(
+            """
+            def f(x):
+                a = g(x)  # theirs
+                if a:
+                    h(a)
+                try:
+                    b = g(
+                        a
+                    )
+                finally:
+                    h(a)
+                return b
+            """,
+            """
+            def f(x):
+                ...
+                a = g(  # anchor: g is pure
+                    x
+                )
+                new()  # anchors are above
+                if a:  # anchor
+                    h(a)
+                new(a)
+                # anchor
+                try:
+                    b = g(a)
+                finally:
+                    h(a)
+                new(b)
+                return b  # anchor # noqa
+            """,
+            """
+            def f(x):
+                a = g(x)  # theirs
+                new()  # anchors are above
+                if a:
+                    h(a)
+                new(a)
+                try:
+                    b = g(
+                        a
+                    )
+                finally:
+                    h(a)
+                new(b)
+                return b
+            """,
+        )
+
+    def test_anchors_without_an_ellipsis_name_all_of_upstreams_statements(self):
+        overlay = "def f():\n    a()  # anchor\n    new()\n    b()  # anchor\n"
+        check("def f():\n    a()\n    b()\n", overlay, "def f():\n    a()\n    new()\n    b()\n")
+        fails("def f():\n    a()\n    b()\n    c()\n", overlay, "other statements")
+
+    def test_block_without_an_ellipsis_is_upstreams(self):
+        fails(
+            "def f(x):\n    if x:\n        a()\n    else:\n        b()\n",
+            "def f(x):\n    if x:\n        ...\n        new()\n    else:\n        c()\n    ...\n",
+            "`c()` is not marked",
+        )
+
+    NEW = [
+        "try:\n    ...\n    new()\nexcept E:\n    pass",
+        "match x:\n    case 1:\n        ...\n        new()",
+        "with x:\n    try:\n        ...\n    finally:\n        new()",
+        "try:\n    def g():\n        ...\nfinally:\n    pass",
+        "new(); ...",
+        "try:\n    a = x  # anchor\nfinally:\n    new()",
+        "try:\n    # remove: g\n    a = x\nfinally:\n    new()",
+        "new(\n    x,\n)  # anchor",
+    ]
+
+    @pytest.mark.parametrize("new", NEW)
+    @pytest.mark.parametrize("overlay", ["f(x):\n    ...\n", "f(x):\n", "g(x):\n"])
+    def test_what_stands_for_upstreams_code_in_new_code_is_an_error(self, new, overlay):
+        """In a spliced, a replaced and an added function."""
+        new = indent(new, "    ")
+        fails("def f(x):\n    a = x\n", f"def {overlay}{new}\n", overlay[0], "in `", "to stand for")
+
+    def test_ellipsis_in_an_added_class_is_an_error(self):
+        overlay = "class A:\n    def f(self):\n        ...\n"
+        fails("x = 1\n", overlay, "A", "`...` in `class A:`")
+
+    def test_ellipsis_as_a_value_and_upstreams_own_stay(self):
+        check(
+            """
+            @overload
+            def g(x: int): ...
+
+
+            def f(x):
+                try:
+                    ...
+                finally:
+                    a(x)
+            """,
+            """
+            T: tuple[int, ...] = ...
+
+
+            def f(x):
+                new(x[...], ..., lambda: ...)
+                ...
+            """,
+            """
+            @overload
+            def g(x: int): ...
+            T: tuple[int, ...] = ...
+
+
+            def f(x):
+                new(x[...], ..., lambda: ...)
+                try:
+                    ...
+                finally:
+                    a(x)
+            """,
         )
 
     @pytest.mark.parametrize(
@@ -549,7 +676,7 @@ class TestSplice:
         """New statements around and between any upstream statements, `merged` checks twice."""
         cut = data.draw(st.sampled_from(upstream))
         new = data.draw(st.lists(st.sampled_from(["new()", "more()"]), max_size=2, unique=True))
-        pattern = [*new[:1], "...", f"{cut}()", *new[1:], "..."]
+        pattern = [*new[:1], "...", f"{cut}()  # anchor", *new[1:], "..."]
         before = "def f():\n" + "".join(f"    {name}()\n" for name in upstream)
         after = merged(before, "def f():\n" + "".join(f"    {line}\n" for line in pattern))
         expected = [*new[:1], *(f"{name}()" for name in upstream)]
@@ -607,7 +734,13 @@ class TestReleases:
         assert is_needed(b"# release: >=0.30\nx = 1\n", path=PATH, release=Version("0.29.0"))
 
     @pytest.mark.parametrize(
-        "body", ["class A:\n    def f(self):\n        ...\n        a()\n", "..."]
+        "body",
+        [
+            "class A:\n    def f(self):\n        ...\n        a()\n",
+            "class A:\n    def f(self):\n        a()  # anchor\n        b()\n",
+            "def f(self):\n    try:\n        ...\n    finally:\n        a()\n",
+            "...",
+        ],
     )
     def test_difference_from_a_file_that_is_not_there_is_an_error(self, body):
         with pytest.raises(UserError, match="upstream has no such file"):

@@ -16,7 +16,7 @@ from packaging.version import Version
 
 from ..cli import UserError
 from .imports import add_imports, bound, imported
-from .splice import comparable, is_spliced, splice
+from .splice import comparable, is_spliced, left_over, splice
 from .syntax import (
     Statement,
     defined_name,
@@ -87,10 +87,9 @@ def added(ours: bytes, *, path: str, release: Version) -> bytes:
     """
     merger = _Merger(path, release, {})
     for statement in merger.parse(ours, "the overlay's file").body:
-        members = statements(statement.body) if isinstance(statement, cst.ClassDef) else []
-        for definition in (statement, *members):
-            if is_ellipsis(definition) or is_spliced(definition):
-                raise merger.error(defined_name(statement), "upstream has no such file")
+        if left := left_over(statement):
+            problem = f"upstream has no such file for {left} to stand for"
+            raise merger.error(defined_name(statement), problem)
     return ours
 
 
@@ -221,7 +220,9 @@ class _Merger:
             if found:
                 body[found[0]] = self.definition(statement, body[found[0]], definition)
             else:
-                self.check_new(statement, definition)
+                if left := left_over(statement):
+                    problem = f"upstream has no such definition for {left} to stand for"
+                    raise self.error(definition, problem)
                 at = next(
                     (i for i, s in enumerate(body) if defined_name(s) == following), len(body)
                 )
@@ -246,16 +247,11 @@ class _Merger:
                 raise self.error(name, error) from None
         if meaning(ours) == meaning(theirs):
             return theirs
+        if left := left_over(ours):
+            raise self.error(name, f"upstream has nothing for {left} to stand for")
         comments = [line for line in leading_lines(ours) if line.comment]
         blank = [line for line in leading_lines(theirs) if not line.comment]
         return ours.with_changes(leading_lines=[*blank, *comments])
-
-    def check_new(self, statement: Statement, name: str) -> None:
-        if (isinstance(statement, cst.FunctionDef) and is_spliced(statement)) or (
-            isinstance(statement, cst.ClassDef)
-            and any(map(is_ellipsis, statements(statement.body)))
-        ):
-            raise self.error(name, "upstream has no such definition for `...` to stand for")
 
     def merge_class(self, ours: cst.ClassDef, theirs: cst.ClassDef, name: str) -> cst.ClassDef:
         if ours.keywords or ours.decorators:
