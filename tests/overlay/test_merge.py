@@ -1,6 +1,6 @@
 """The merge, rule by rule, as source before and after."""
 
-from textwrap import dedent
+from textwrap import dedent, indent
 
 import pytest
 from hypothesis import given, settings
@@ -90,6 +90,38 @@ class TestImports:
             "from .elsewhere import Staging\n",
             "from .base import Staging\n",
             "Staging is something else",
+        )
+
+    @pytest.mark.parametrize(
+        "theirs",
+        [
+            "import os.path as torch",
+            "a, torch = 1, 2",
+            "a = torch = 1",
+            "if a:\n    import torch",
+            "try:\n    import torch\nexcept ImportError:\n    torch = None",
+            "for torch in []:\n    pass",
+        ],
+    )
+    def test_name_that_upstream_binds_in_another_way_is_an_error(self, theirs):
+        line = theirs.partition("\n")[0]
+        fails(f"{theirs}\n", "import torch\n", f"torch is something else upstream: `{line}`")
+
+    @pytest.mark.parametrize(
+        "overlay, merged",
+        [
+            ("class A(tail.B): ...", "class A(tail.B):\n    x = 1"),
+            ("@tail.cached\ndef f(): pass\nclass A: ...", None),
+            ("X = tail.X\nclass A: ...", "X = tail.X\nclass A:\n    x = 1"),
+        ],
+    )
+    def test_import_goes_above_its_first_use(self, overlay, merged):
+        """Though `tail` sorts below `last`."""
+        merged = merged or "\n\n@tail.cached\ndef f(): pass\nclass A:\n    x = 1"
+        check(
+            "import os\nclass A:\n    x = 1\nfrom . import last\nprint(A)\n",
+            f"from . import tail\n{overlay}\n",
+            f"import os\nfrom . import tail\n{merged}\nfrom . import last\nprint(A)\n",
         )
 
     def test_star_is_an_error(self):
@@ -208,6 +240,30 @@ class TestDefinitions:
     def test_definition_that_upstream_imports_is_an_error(self):
         fails("from .utils import f\n", "def f():\n    return 1\n", "f", "imports it")
 
+    @pytest.mark.parametrize(
+        "theirs",
+        [
+            "f, g = 1, 2",
+            "f = g = 1",
+            "if True:\n    def f(): pass",
+            "try:\n    from a import f\nexcept ImportError:\n    f = None",
+            "for f in []:\n    pass",
+            "with a as f:\n    pass",
+            "if True:\n    class f: pass",
+        ],
+    )
+    @pytest.mark.parametrize("ours", ["f = 1", "def f(): pass", "class f(B):\n    x = 1"])
+    def test_definition_that_upstream_has_in_another_way_is_an_error(self, theirs, ours):
+        words = ["f", f"upstream defines it in another way: `{theirs.partition(chr(10))[0]}`"]
+        fails(f"{theirs}\n", f"{ours}\n", *words)
+        theirs, ours = indent(theirs, "    "), indent(ours, "    ")
+        fails(f"class A:\n{theirs}\n", f"class A:\n{ours}\n", "A.f", *words[1:])
+        fails(f"class A:\n{theirs}\n    def f(): pass\n", f"class A:\n{ours}\n", "A.f", "2 times")
+
+    def test_names_inside_of_upstreams_functions_are_others(self):
+        before = "if a:\n    def g(f, x): f = [f for f in x]\nx.f = f\n"
+        check(before, "f = 1\n", f"{before}f = 1\n")
+
     def test_ambiguous_definition_is_an_error(self):
         fails("def f(): pass\ndef f(): pass\n", "def f():\n    return 1\n", "f", "2 times")
 
@@ -270,6 +326,14 @@ class Model(
             "from vllm.model_executor.models.base import Staging\nclass Model(Staging): ...\n",
         )
         assert "def get" not in after
+
+    def test_what_shadows_the_base_and_is_no_method_is_an_error(self):
+        fails(
+            CLASS.replace("size = 1", "size, get = 1, None"),
+            "from .base import Staging\n\n\nclass Model(Staging): ...\n",
+            "Model.get",
+            "another way: `size, get = 1, None`",
+        )
 
     def test_other_base_takes_nothing_over(self):
         after = merged(CLASS, "from .other import Staging\nclass Model(Staging): ...\n")
@@ -388,7 +452,7 @@ class TestSplice:
             class A:
                 def f(self, x, *, y=2):
                     ...
-                    b = a+y
+                    b = a+y  # anchor
                     between()
                     ...
             """,
@@ -403,10 +467,10 @@ class TestSplice:
                 def f(self, x, *, y=2):
                     ...
                     one()
-                    b = a + y
+                    b = a + y  # anchor
                     ...
                     two()
-                    return c
+                    return c  # anchor
             """,
             METHOD.replace("\n        b =", "        one()\n\n        b =").replace(
                 "        return", "        two()\n        return"
@@ -423,11 +487,16 @@ class TestSplice:
     @pytest.mark.parametrize(
         "body, words",
         [
-            ("...\nb = a - y\nnew()\n...", ["A.f", "`b = a - y`", "upstream has no"]),
+            ("...\nb = a - y  # anchor\nnew()\n...", ["A.f", "upstream has no `b = a - y`"]),
+            ("b = a - y  # anchor\nnew()\n...", ["A.f", "upstream has no `b = a - y`"]),
+            ("...\nnew()\nreturn b  # anchor", ["A.f", "upstream has no `return b`"]),
+            ("...\n# anchor\nreturn b\nnew()", ["A.f", "upstream has no `return b`"]),
             ("...\nnew()\n...", ["A.f", "between two", "`new()`"]),
-            ("...\na = x\nreturn c\n...", ["A.f", "other statements"]),
-            ("b = a + y\nnew()\n...", ["A.f", "other statements"]),
-            ("...\nc = b\n...\nb = a + y\n...", ["A.f", "another order"]),
+            ("...\na = x  # anchor\nreturn c  # anchor\n...", ["A.f", "other statements"]),
+            ("b = a + y  # anchor\nnew()\n...", ["A.f", "other statements"]),
+            ("...\nc = b  # anchor\n...\nb = a + y  # anchor\n...", ["A.f", "another order"]),
+            ("...\nb = a + y\nnew()\n...", ["A.f", "`b = a + y`", "mark it `# anchor`"]),
+            ("...\nnew()\nreturn c", ["A.f", "`return c`", "mark it `# anchor`"]),
         ],
     )
     def test_anchor_that_does_not_fit_is_an_error(self, body, words):
@@ -437,8 +506,130 @@ class TestSplice:
     def test_ambiguous_anchor_is_an_error(self):
         fails(
             "def f():\n    g()\n    h()\n    g()\n",
-            "def f():\n    ...\n    g()\n    new()\n    ...\n",
+            "def f():\n    ...\n    g()  # anchor\n    new()\n    ...\n",
             "`g()` 2 times",
+        )
+
+    def test_mark_at_the_end_of_the_first_line_or_above(self):
+        """Upstream's text stays; what is not marked has a comment of its own."""
+        check(
+            """
+            def f(x):
+                a = g(x)  # theirs
+                if a:
+                    h(a)
+                try:
+                    b = g(
+                        a
+                    )
+                finally:
+                    h(a)
+                return b
+            """,
+            """
+            def f(x):
+                ...
+                a = g(  # anchor: g is pure
+                    x
+                )
+                new()  # anchors are above
+                if a:  # anchor
+                    h(a)
+                new(a)
+                # anchor
+                try:
+                    b = g(a)
+                finally:
+                    h(a)
+                new(b)
+                return b  # anchor # noqa
+            """,
+            """
+            def f(x):
+                a = g(x)  # theirs
+                new()  # anchors are above
+                if a:
+                    h(a)
+                new(a)
+                try:
+                    b = g(
+                        a
+                    )
+                finally:
+                    h(a)
+                new(b)
+                return b
+            """,
+        )
+
+    def test_anchors_without_an_ellipsis_name_all_of_upstreams_statements(self):
+        overlay = "def f():\n    a()  # anchor\n    new()\n    b()  # anchor\n"
+        check("def f():\n    a()\n    b()\n", overlay, "def f():\n    a()\n    new()\n    b()\n")
+        fails("def f():\n    a()\n    b()\n    c()\n", overlay, "other statements")
+
+    def test_block_without_an_ellipsis_is_upstreams(self):
+        fails(
+            "def f(x):\n    if x:\n        a()\n    else:\n        b()\n",
+            "def f(x):\n    if x:\n        ...\n        new()\n    else:\n        c()\n    ...\n",
+            "`c()` is not marked",
+        )
+
+    NEW = [
+        "try:\n    ...\n    new()\nexcept E:\n    pass",
+        "match x:\n    case 1:\n        ...\n        new()",
+        "with x:\n    try:\n        ...\n    finally:\n        new()",
+        "try:\n    def g():\n        ...\nfinally:\n    pass",
+        "new(); ...",
+        "try:\n    a = x  # anchor\nfinally:\n    new()",
+        "try:\n    # remove: g\n    a = x\nfinally:\n    new()",
+        "new(\n    x,\n)  # anchor",
+    ]
+
+    @pytest.mark.parametrize("new", NEW)
+    @pytest.mark.parametrize("overlay", ["f(x):\n    ...\n", "f(x):\n", "g(x):\n"])
+    def test_what_stands_for_upstreams_code_in_new_code_is_an_error(self, new, overlay):
+        """In a spliced, a replaced and an added function."""
+        new = indent(new, "    ")
+        fails("def f(x):\n    a = x\n", f"def {overlay}{new}\n", overlay[0], "in `", "to stand for")
+
+    def test_ellipsis_in_an_added_class_is_an_error(self):
+        overlay = "class A:\n    def f(self):\n        ...\n"
+        fails("x = 1\n", overlay, "A", "`...` in `class A:`")
+
+    def test_ellipsis_as_a_value_and_upstreams_own_stay(self):
+        check(
+            """
+            @overload
+            def g(x: int): ...
+
+
+            def f(x):
+                try:
+                    ...
+                finally:
+                    a(x)
+            """,
+            """
+            T: tuple[int, ...] = ...
+
+
+            def f(x):
+                new(x[...], ..., lambda: ...)
+                ...
+            """,
+            """
+            @overload
+            def g(x: int): ...
+            T: tuple[int, ...] = ...
+
+
+            def f(x):
+                new(x[...], ..., lambda: ...)
+                try:
+                    ...
+                finally:
+                    a(x)
+            """,
         )
 
     @pytest.mark.parametrize(
@@ -485,7 +676,7 @@ class TestSplice:
         """New statements around and between any upstream statements, `merged` checks twice."""
         cut = data.draw(st.sampled_from(upstream))
         new = data.draw(st.lists(st.sampled_from(["new()", "more()"]), max_size=2, unique=True))
-        pattern = [*new[:1], "...", f"{cut}()", *new[1:], "..."]
+        pattern = [*new[:1], "...", f"{cut}()  # anchor", *new[1:], "..."]
         before = "def f():\n" + "".join(f"    {name}()\n" for name in upstream)
         after = merged(before, "def f():\n" + "".join(f"    {line}\n" for line in pattern))
         expected = [*new[:1], *(f"{name}()" for name in upstream)]
@@ -543,7 +734,13 @@ class TestReleases:
         assert is_needed(b"# release: >=0.30\nx = 1\n", path=PATH, release=Version("0.29.0"))
 
     @pytest.mark.parametrize(
-        "body", ["class A:\n    def f(self):\n        ...\n        a()\n", "..."]
+        "body",
+        [
+            "class A:\n    def f(self):\n        ...\n        a()\n",
+            "class A:\n    def f(self):\n        a()  # anchor\n        b()\n",
+            "def f(self):\n    try:\n        ...\n    finally:\n        a()\n",
+            "...",
+        ],
     )
     def test_difference_from_a_file_that_is_not_there_is_an_error(self, body):
         with pytest.raises(UserError, match="upstream has no such file"):

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Set
+from symtable import symtable
 
 import libcst as cst
 from libcst.helpers import get_full_name_for_node
 
 from ..cli import UserError
-from .syntax import Statement, defined_name, is_docstring, leading_lines, single, source
+from .syntax import (
+    Statement,
+    defined_name,
+    first_line,
+    is_docstring,
+    leading_lines,
+    single,
+    source,
+)
 
 Name = tuple[str, str, str]  # module, name in the module, name it is bound to
 
@@ -17,19 +27,20 @@ def add_imports(ours: list[Statement], theirs: list[Statement]) -> list[Statemen
     """Adds what `theirs` does not import yet, in isort's order among its own kind.
 
     Raises:
-        UserError: an import of `*`, or of a name that means something else upstream.
+        UserError: an import of `*`, or of a name that is bound in another way in `theirs`.
     """
     body = list(theirs)
     present = {name for s in theirs for name in imported(s)}
-    bound = {name for _, _, name in present} | {defined_name(s) for s in theirs}
+    taken = {name: s for s in theirs for name in bound(s)}
     for statement in ours:
         small = single(statement)
         if isinstance(small, cst.ImportFrom) and isinstance(small.names, cst.ImportStar):
             raise UserError(f"`{source(statement)}` cannot be merged: name what it imports")
         missing = [name for name in imported(statement) if name not in present]
         for _, _, name in missing:
-            if name in bound:
-                raise UserError(f"`{source(statement)}`: {name} is something else upstream")
+            if name in taken:
+                problem = f"{name} is something else upstream: `{first_line(taken[name])}`"
+                raise UserError(f"`{source(statement)}`: {problem}")
         if missing:
             insert(only(statement, set(missing)), body)
     return body
@@ -46,6 +57,22 @@ def imported(statement: Statement) -> list[Name]:
         (module_of(small), alias.evaluated_name, alias.evaluated_alias or alias.evaluated_name)
         for alias in small.names
     ]
+
+
+def bound(statement: Statement) -> Set[str]:
+    """The names that a statement binds, also in a tuple, or below `if`, `for` or `try`."""
+    if names := imported(statement):
+        return {name for _, _, name in names}
+    if name := defined_name(statement):
+        return {name}
+    symbols = symtable(source(statement), "", "exec").get_symbols()
+    return {s.get_name() for s in symbols if s.is_assigned() or s.is_imported()}
+
+
+def uses(statement: Statement, names: Set[str]) -> bool:
+    """Whether it names one of them; in a function, too, which may be called before the next."""
+    nodes = ast.walk(ast.parse(source(statement)))
+    return any(isinstance(node, ast.Name) and node.id in names for node in nodes)
 
 
 def module_of(small: cst.Import | cst.ImportFrom) -> str:
@@ -69,11 +96,15 @@ def only(statement: Statement, wanted: Set[Name]) -> Statement:
 
 def insert(new: Statement, body: list[Statement]) -> None:
     """Puts an import before the first of its package that sorts after it, else after the
-    last of its package, else after the last of all."""
+    last of its package, else after the last of all; of those above what uses it."""
     package, module = sort_key(new)
+    names = {name.partition(".")[0] for name in bound(new)}
+    last = max((i for i, s in enumerate(body) if imported(s)), default=-1)
     at = 1 if body and is_docstring(body[0]) else 0
-    for i, statement in enumerate(body):
+    for i, statement in enumerate(body[: last + 1]):
         if not imported(statement):
+            if uses(statement, names):
+                break
             continue
         other_package, other = sort_key(statement)
         if other_package == package and other > module:

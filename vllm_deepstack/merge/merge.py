@@ -15,11 +15,12 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import Version
 
 from ..cli import UserError
-from .imports import add_imports, imported
-from .splice import comparable, is_spliced, splice
+from .imports import add_imports, bound, imported
+from .splice import comparable, is_spliced, left_over, splice
 from .syntax import (
     Statement,
     defined_name,
+    first_line,
     is_docstring,
     is_ellipsis,
     leading_lines,
@@ -86,10 +87,9 @@ def added(ours: bytes, *, path: str, release: Version) -> bytes:
     """
     merger = _Merger(path, release, {})
     for statement in merger.parse(ours, "the overlay's file").body:
-        members = statements(statement.body) if isinstance(statement, cst.ClassDef) else []
-        for definition in (statement, *members):
-            if is_ellipsis(definition) or is_spliced(definition):
-                raise merger.error(defined_name(statement), "upstream has no such file")
+        if left := left_over(statement):
+            problem = f"upstream has no such file for {left} to stand for"
+            raise merger.error(defined_name(statement), problem)
     return ours
 
 
@@ -169,11 +169,11 @@ class _Merger:
         self.provided = self.bases_of_the_fork(ours)
         wanted = self.wanted(with_header(ours), "module")
         imports = [s for s in wanted if isinstance(single(s), (cst.Import, cst.ImportFrom))]
+        body = self.members([s for s in wanted if s not in imports], list(theirs.body), "")
         try:
-            body = add_imports(imports, list(theirs.body))
+            body = add_imports(imports, body)
         except UserError as error:
             raise self.error("imports", error) from None
-        body = self.members([s for s in wanted if s not in imports], body, "")
         return theirs if body == list(theirs.body) else theirs.with_changes(body=body)
 
     def wanted(self, body: Iterable[Statement], where: str) -> list[Statement]:
@@ -214,13 +214,15 @@ class _Merger:
                     owner or "module",
                     f"`{source(statement)}` is not a definition: it cannot be merged",
                 )
-            found = [i for i, other in enumerate(body) if defined_name(other) == name]
+            found = [i for i, other in enumerate(body) if name in bound(other)]
             if len(found) > 1:
                 raise self.error(definition, f"upstream defines it {len(found)} times")
             if found:
                 body[found[0]] = self.definition(statement, body[found[0]], definition)
             else:
-                self.check_new(statement, definition, body)
+                if left := left_over(statement):
+                    problem = f"upstream has no such definition for {left} to stand for"
+                    raise self.error(definition, problem)
                 at = next(
                     (i for i, s in enumerate(body) if defined_name(s) == following), len(body)
                 )
@@ -229,6 +231,10 @@ class _Merger:
         return body
 
     def definition(self, ours: Statement, theirs: Statement, name: str) -> Statement:
+        if imported(theirs):
+            raise self.error(name, "upstream imports it instead of defining it")
+        if not defined_name(theirs):
+            raise self.error(name, f"upstream defines it in another way: `{first_line(theirs)}`")
         if type(ours) is not type(theirs):
             raise self.error(name, "upstream's is another kind of definition")
         if isinstance(ours, cst.ClassDef) and isinstance(theirs, cst.ClassDef):
@@ -241,18 +247,11 @@ class _Merger:
                 raise self.error(name, error) from None
         if meaning(ours) == meaning(theirs):
             return theirs
+        if left := left_over(ours):
+            raise self.error(name, f"upstream has nothing for {left} to stand for")
         comments = [line for line in leading_lines(ours) if line.comment]
         blank = [line for line in leading_lines(theirs) if not line.comment]
         return ours.with_changes(leading_lines=[*blank, *comments])
-
-    def check_new(self, statement: Statement, name: str, body: list[Statement]) -> None:
-        if any(name == bound for other in body for _, _, bound in imported(other)):
-            raise self.error(name, "upstream imports it instead of defining it")
-        if (isinstance(statement, cst.FunctionDef) and is_spliced(statement)) or (
-            isinstance(statement, cst.ClassDef)
-            and any(map(is_ellipsis, statements(statement.body)))
-        ):
-            raise self.error(name, "upstream has no such definition for `...` to stand for")
 
     def merge_class(self, ours: cst.ClassDef, theirs: cst.ClassDef, name: str) -> cst.ClassDef:
         if ours.keywords or ours.decorators:
@@ -267,9 +266,11 @@ class _Merger:
         }
         old, body = statements(theirs.body), []
         for statement in old:
-            method = isinstance(statement, cst.FunctionDef) and statement.name.value
-            if method not in taken_over:
+            if not (shadows := taken_over & bound(statement)):
                 body.append(statement)
+            elif not isinstance(statement, cst.FunctionDef):
+                problem = f"upstream defines it in another way: `{first_line(statement)}`"
+                raise self.error(f"{name}.{min(shadows)}", problem)
         body = self.members(members, body, name)
         merged = with_bases(theirs, ours.bases)
         if body == old:

@@ -8,10 +8,12 @@ from functools import lru_cache
 from typing import Any
 
 import libcst as cst
+import libcst.matchers as m
 
 from ..cli import UserError
 from .syntax import (
     Statement,
+    first_line,
     is_docstring,
     is_ellipsis,
     leading_lines,
@@ -23,6 +25,9 @@ from .syntax import (
 Function = cst.FunctionDef
 BLOCKS = (cst.If, cst.For, cst.While, cst.With)
 REMOVE = re.compile(r"#\s*remove\b")
+ANCHOR = re.compile(r"#\s*anchor\s*(?:$|[:#])")
+MARK = re.compile(r"#\s*(?:anchor|remove)\s*(?:$|[:#])")
+MARKS = m.Expr(m.Ellipsis()) | m.Comment(m.MatchIfTrue(lambda text: bool(MARK.match(text))))
 
 
 def removed(statement: Statement) -> cst.EmptyLine | None:
@@ -37,25 +42,41 @@ def removed(statement: Statement) -> cst.EmptyLine | None:
     )
 
 
+def marked(statement: Statement) -> bool:
+    """Whether `# anchor` stands at the end of a statement's first line, or above it."""
+    above = [line.comment.value for line in leading_lines(statement) if line.comment]
+    return any(map(ANCHOR.match, above)) or bool(ANCHOR.search(first_line(statement)))
+
+
+def left_over(statement: Statement) -> str:
+    """The first `...`, `# anchor` or `# remove` in new code, where there is none of upstream's."""
+    found = m.findall(statement, MARKS)
+    return f"`{source(found[0])}` in `{first_line(statement)}`" if found else ""
+
+
 def is_spliced(node: cst.CSTNode) -> bool:
     """Whether a function's or a block's statements are a difference from upstream's."""
     if not isinstance(node, (cst.FunctionDef, cst.Else, *BLOCKS)):
         return False
     other = getattr(node, "orelse", None)
-    return any(is_ellipsis(s) or removed(s) or is_spliced(s) for s in statements(node.body)) or (
+    return any(is_ellipsis(s) or is_anchor(s) for s in statements(node.body)) or (
         other is not None and is_spliced(other)
     )
+
+
+def is_anchor(statement: Statement) -> bool:
+    return marked(statement) or removed(statement) is not None or is_spliced(statement)
 
 
 def splice(ours: Function, theirs: Function) -> Function:
     """Puts `ours` around and between the statements of `theirs`.
 
-    `...` stands for statements of upstream; a statement equal to one of upstream's is an
-    anchor and says where between them the new ones go. An anchor marked `# remove` goes. A
-    block (`if`, `for`, `while`, `with`) that has any of these in it is the anchor of upstream's
-    block with the same first line, and spliced like a body; so are the `elif` and `else` that are
-    written after it. A docstring in `ours` is for the overlay's reader. What is to go, and nothing
-    comes for it, may be gone already: that looks as it does once it is merged.
+    `...` stands for statements of upstream; one that is marked `# anchor` is upstream's, too, and
+    says where between them the new ones go. One that is marked `# remove` goes. A block (`if`,
+    `for`, `while`, `with`) that has any of these in it is the anchor of upstream's block with the
+    same first line, and spliced like a body; so are the `elif` and `else` that are written
+    after it. A docstring in `ours` is for the overlay's reader. What is to go, and nothing comes
+    for it, may be gone already: that looks as it does once it is merged.
 
         ours                      theirs                 merged
         a = 0                     x = f()                a = 0
@@ -68,7 +89,7 @@ def splice(ours: Function, theirs: Function) -> Function:
         ...
 
     Raises:
-        UserError: the signatures differ, or an anchor is missing or ambiguous.
+        UserError: the signatures differ, an anchor is missing or ambiguous, or has no mark.
     """
     if _signature(ours) != _signature(theirs):
         raise UserError(
@@ -117,18 +138,19 @@ def _splice(pattern: list[Statement], theirs: list[Statement]) -> list[Statement
                 )
             body += theirs[done:start]
             done = end
+        elif first == last:
+            raise UserError(
+                "between two `...`, or where there is none, there has to be an anchor, to say where"
+                + "".join(f"; `{source(s)}` is not marked" for s in group)
+            )
         elif last:
             body += theirs[done:]
-        elif not first:
-            raise UserError(
-                "between two `...` there has to be a statement of upstream's, to say where; "
-                "upstream has no " + (" and no ".join(f"`{source(s)}`" for s in group) or "such")
-            )
         for i, statement in enumerate(group):
             if i not in anchors:
                 body.append(statement)
             elif not removed(statement):
-                body.append(_inside(statement, theirs[anchors[i]]))
+                anchor = theirs[anchors[i]]
+                body.append(_inside(statement, anchor) if is_spliced(statement) else anchor)
     return body
 
 
@@ -143,9 +165,7 @@ def _merged(pattern: list[Statement], theirs: list[Statement]) -> bool:
 
 
 def _inside(ours: Any, theirs: Any) -> Any:
-    """An anchor as it is upstream, with what goes into it if it is a block; or an `else`."""
-    if not is_spliced(ours):
-        return theirs
+    """Upstream's block, or its `else`, with what goes into it."""
     merged: Any = theirs
     old = statements(merged.body)
     if (body := _splice(statements(ours.body), old)) != old:
@@ -161,18 +181,26 @@ def _inside(ours: Any, theirs: Any) -> Any:
 
 
 def _find(statement: Statement, theirs: list[Statement]) -> int | None:
-    """Where upstream has a statement.
+    """Where upstream has an anchor; None for a new statement.
 
     Raises:
-        UserError: more than once, or not at all though it has to.
+        UserError: not exactly once; or it has a statement that is not marked.
     """
     wanted = _anchor(statement, statement)
     found = [i for i, other in enumerate(theirs) if _anchor(other, statement) == wanted]
+    if not is_anchor(statement):
+        if found:
+            raise UserError(
+                f"upstream has this statement already: mark it `# anchor`, or leave out `{wanted}`"
+            )
+        if left := left_over(statement):
+            raise UserError(f"upstream has nothing for {left} to stand for")
+        return None
     if len(found) > 1:
         raise UserError(f"upstream has the anchor `{wanted}` {len(found)} times")
-    if not found and (removed(statement) or is_spliced(statement)):
+    if not found:
         raise UserError(f"upstream has no `{wanted}`")
-    return found[0] if found else None
+    return found[0]
 
 
 def _anchor(statement: Statement, ours: Statement) -> str:
@@ -204,7 +232,7 @@ def _matches(pattern: list[Statement], theirs: list[Statement]) -> bool:
 
 
 def _merged_inside(ours: Any, theirs: Any) -> bool:
-    if is_spliced(ours) and not _merged(statements(ours.body), statements(theirs.body)):
+    if not _merged(statements(ours.body), statements(theirs.body)):
         return False
     other, orelse = getattr(ours, "orelse", None), getattr(theirs, "orelse", None)
     return other is None or (type(other) is type(orelse) and _merged_inside(other, orelse))

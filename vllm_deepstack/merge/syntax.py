@@ -15,6 +15,10 @@ def source(node: cst.CSTNode) -> str:
     return textwrap.dedent(cst.Module([]).code_for_node(node)).strip()
 
 
+def first_line(statement: Statement) -> str:
+    return source(statement.with_changes(leading_lines=[])).partition("\n")[0]
+
+
 def meaning(node: cst.CSTNode) -> str:
     """Equal for two nodes that differ in layout and comments only."""
     return ast.dump(ast.parse(source(node)))

@@ -28,7 +28,7 @@ class CohereCompassForConditionalGeneration(DeepStackMixin):
 
     def get_encoder_cudagraph_config(self):
         ...
-        modalities = [] if self.is_multimodal_pruning_enabled else ["image"]
+        modalities = [] if self.is_multimodal_pruning_enabled else ["image"]  # anchor
         if self.multimodal_config.enable_mm_embeds:
             modalities = []  # D18: an encoder's graph takes pixels alone
         ...

@@ -39,7 +39,7 @@ class Granite4VisionForConditionalGeneration:
         for buffer in self._ds_buffers:  # D2
             buffer[: self._ds_staged].zero_()
         ...
-        N, lm_h = inputs_embeds.shape
+        N, lm_h = inputs_embeds.shape  # anchor
         given = multimodal_embeddings
         text = [e for e in given if e.size(1) == lm_h]
         if text:  # D18: `prompt_embeds` are in place of tokens', and have no levels
@@ -50,7 +50,7 @@ class Granite4VisionForConditionalGeneration:
             none = embeds.new_zeros(0, lm_h * len(self._ds_buffers))
             multimodal_embeddings = [e for e in given if e.size(1) > lm_h] or [none]
         ...
-        self._ds_num_tokens = N
+        self._ds_num_tokens = N  # anchor
         # D19: `forward` clears no rows. What later stages get is sent after it.
         self._ds_staged, self._ds_num_tokens = N, 0
         ...

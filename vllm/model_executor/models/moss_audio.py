@@ -19,7 +19,7 @@ class MossAudioModel(DeepStackMixin):
 
     def _split_multimodal_embeddings(self, multimodal_embeddings, hidden_size):
         ...
-        packed_hidden_size = hidden_size * (deepstack_count + 1)
+        packed_hidden_size = hidden_size * (deepstack_count + 1)  # anchor
         # D18: `prompt_embeds` have no levels.
         missing = {hidden_size: packed_hidden_size - hidden_size}
         pads = [(0, missing.get(e.shape[-1], 0)) for e in embeddings]

@@ -9,7 +9,7 @@ class Qwen3Omni_VisionTransformer:
     # release: >=0.22,<0.24
     def forward(self, x, grid_thw):
         ...
-        hidden_states = hidden_states.unsqueeze(1)
+        hidden_states = hidden_states.unsqueeze(1)  # anchor
         # D8: `cu_seqlens` comes from `grid_thw`, on the CPU. Only SDPA reads it there.
         if self.attn_backend != AttentionBackendEnum.TORCH_SDPA:
             cu_seqlens = cu_seqlens.to(self.device, non_blocking=True)

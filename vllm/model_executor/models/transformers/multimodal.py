@@ -57,4 +57,4 @@ class MultiModalMixin(DeepStackMixin):
         if self._deepstack_buffers:
             parts = zip(features.pooler_output, *features.deepstack_features)
             features.pooler_output = [torch.cat(part, -1) for part in parts]
-        return features.pooler_output
+        return features.pooler_output  # anchor

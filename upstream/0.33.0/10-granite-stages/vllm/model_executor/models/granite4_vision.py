@@ -16,5 +16,5 @@ class Granite4VisionForConditionalGeneration:
             # The first rank sends no features.
             self._ds_layer_indices = []
 
-        self.language_model._ds_layer_indices = self._ds_layer_indices
+        self.language_model._ds_layer_indices = self._ds_layer_indices  # anchor
         ...
