@@ -21,15 +21,15 @@ SCHEMA = 1
 CLEAN, AFFECTED, UNKNOWN = 0, 1, 2
 MIXIN = f"{MODELS}/deepstack.py"
 # What registers classes, or replaces methods, over those that are judged here.
+COPIES = ("tpu_inference", "vllm_gaudi", "vllm_rbln")
 BESIDE = {
     "vllm_omni": "vllm-omni registers a Qwen3-Omni of its own over vLLM's: nothing here is about "
     "that one, and no patch of vLLM reaches it",
     "vllm_ascend": "vllm-ascend replaces Qwen3-VL's reading and clearing when it is loaded: what "
     "is said here of D1, D2 and D9 is of vLLM's own methods",
-} | {
-    name: f"{name.replace('_', '-')} has models of its own, or changes vLLM's: nothing here is about those"
-    for name in ("tpu_inference", "vllm_gaudi", "vllm_rbln")
 }
+OWN = "has models of its own, or changes vLLM's: nothing here is about those"
+BESIDE |= {name: f"{name.replace('_', '-')} {OWN}" for name in COPIES}
 INTERNS1_PRO_DROPS = (
     "InternS1-Pro computes DeepStack levels and drops them, as released: whether the model was "
     "trained with them is not known here"
