@@ -22,6 +22,7 @@ from typing import Any
 
 from .. import STATE
 from ..cli import UserError
+from .writers import refuse_writers
 
 RECORD = re.compile(r"vllm[\w.+-]*\.dist-info/RECORD")
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -196,9 +197,11 @@ class Transaction:
                     )
 
     def guard(self, paths: Iterable[str]) -> None:
-        """Before something is written: raises as `refuse_links`."""
+        """Before something is written: raises as `refuse_links` and `refuse_writers`."""
         paths = [*paths, f"{STATE}/manifest.json"]
         self.refuse_links(paths)
+        if os.geteuid() == 0:
+            refuse_writers(self.root, paths)
 
     def now(self, path: str) -> str | None:
         return self.digest(self.read(path))
