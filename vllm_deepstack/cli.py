@@ -6,6 +6,7 @@ import argparse
 import gc
 import json
 import os
+import secrets
 import signal
 import sys
 import traceback
@@ -122,12 +123,19 @@ def write_json(value: dict[str, Any], path: Path) -> None:
 
 
 def write_text(text: str, path: Path) -> None:
-    """Replaces the file at once; makes its folder. Writes to a device or a pipe as it is."""
+    """Replaces the file at once; makes its folder. Writes to a device or a pipe as it is. The
+    temporary file has a name that nobody can foresee and put a link at, and is new."""
     path = path.resolve()
     if path.exists() and not path.is_file():
         path.write_text(text)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}")
-    part.write_text(text)
-    os.replace(part, path)
+    part = path.with_name(f".{secrets.token_hex(8)}.part")
+    with part.open("x") as file:  # O_EXCL: no link is followed; and the mode is umask's
+        try:
+            file.write(text)
+            file.close()
+            os.replace(part, path)
+        except BaseException:
+            part.unlink()
+            raise

@@ -3,7 +3,7 @@
     python -m tests.overlay.faults TREE FOLDER
 
 The tree is another user's, if this is root. Prints, for each kill, what was found:
-`{"action", "write", "then", "found", "afterwards", "owners"}`.
+`{"action", "write", "then", "broken", "merged", "afterwards", "owners"}`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from vllm_deepstack import releases
 from vllm_deepstack.cli import UserError
-from vllm_deepstack.patch.tree import Tree
+from vllm_deepstack.merged import NONE, table
+from vllm_deepstack.patch import record
+from vllm_deepstack.patch.transaction import RECORD, Files
+from vllm_deepstack.patch.tree import MIXIN, OVERLAY, Tree, overlay_files
 
 MODELS = "vllm/model_executor/models"
 KILLED = 9
@@ -27,12 +31,10 @@ WRITES = {
     "os.remove",
     "os.rmdir",
     "os.mkdir",
-    "os.link",
     "os.chmod",
     "os.chown",
     "os.setxattr",
     "os.utime",
-    "vllm_deepstack.exchange",
 }
 
 
@@ -49,6 +51,12 @@ def owners(root: Path) -> list[int]:
 def give_away(root: Path, user: int) -> None:
     for path in (root, *root.rglob("*")):
         os.chown(path, user, user, follow_symlinks=False)
+
+
+def give_as(like: Path, root: Path) -> None:
+    for path in (like, *like.rglob("*")):
+        now = path.lstat()
+        os.chown(root / path.relative_to(like), now.st_uid, now.st_gid, follow_symlinks=False)
 
 
 def code(found: dict[str, bytes]) -> dict[str, bytes]:
@@ -89,50 +97,97 @@ def kill_before(write: int, root: Path, action: Callable[[], Any]) -> bool:
     return status == KILLED
 
 
+def make_fast() -> None:
+    """Merging takes a second, and there are a thousand calls: from here on, it is looked up. And a
+    kill loses nothing that is not on the disk yet."""
+    os.fsync = lambda _: None  # type: ignore[assignment]
+    merge, made = Tree._merged, dict[str, dict[str, bytes]]()
+
+    def look_up(self: Tree, upstream: Files) -> dict[str, bytes]:
+        key = self.overlay[MIXIN].decode()
+        if key not in made:
+            made[key] = merge(self, upstream)
+        return made[key]
+
+    Tree._merged = look_up  # type: ignore[method-assign]
+
+
+def broken(root: Path, states: dict[str, dict[str, bytes]]) -> list[str]:
+    """What is wrong with a tree in which `apply` or `revert` was killed."""
+    found, stock = content(root), states["stock"]
+    now = {path: data for path, data in code(found).items() if data != stock.get(path)}
+    wrong = [f"{path} is missing" for path in code(stock).keys() - found.keys()]
+    versions = set()
+    for path, data in now.items():
+        made = [name for name, files in states.items() if files.get(path) == data]
+        if not made:
+            wrong.append(f"{path} is of no version")
+        if len(made) == 1:
+            versions |= {*made}
+        before = releases.sha256(stock[path]) if path in stock else NONE
+        needs = table().files[path][before].needs
+        wrong += [f"{path} is there before {need}" for need in needs if need not in now]
+    if len(versions) > 1:
+        wrong.append(f"files of {sorted(versions)}")
+    listed = record.paths(next(data for path, data in found.items() if RECORD.fullmatch(path)))
+    return wrong + [f"RECORD has no {path}" for path in code(found).keys() - listed]
+
+
 def faults(tree: Path, folder: Path, every: int) -> Iterator[dict[str, Any]]:
     """Killed before every write, or before each so many."""
-    older, newer = overlays(folder)
+    newer = overlay_files(OVERLAY)
+    older = {path: data + b"\nOLDER = True\n" for path, data in newer.items()}
     root = folder / "tree"
+    make_fast()
+    prepared = {"stock": tree}
 
-    def fresh(*applied: Path) -> dict[str, bytes]:
+    def fresh(state: str) -> dict[str, bytes]:
         shutil.rmtree(root, ignore_errors=True)
-        shutil.copytree(tree, root)
+        shutil.copytree(prepared[state], root)
         if os.geteuid() == 0:
             give_away(root, OTHER_USER)
-        for overlay in applied:
-            Tree(root, overlay).apply()
         return content(root)
 
-    stock, old, new = fresh(), fresh(older), fresh(newer)
-    states = {"stock": stock, "older": old, "newer": new}
-    actions: dict[str, tuple[tuple[Path, ...], Callable[[], Any]]] = {
-        "apply": ((), lambda: Tree(root, newer).apply()),
-        "revert": ((newer,), lambda: Tree(root, newer).revert()),
-        "apply over an older one": ((older,), lambda: Tree(root, newer).apply()),
+    states = {"stock": fresh("stock")}
+    for name, overlay in {"older": older, "newer": newer}.items():
+        fresh("stock")
+        Tree(root, overlay).apply()
+        states[name], prepared[name] = content(root), root.rename(folder / name)
+    changed = {p for p, data in code(states["newer"]).items() if data != states["stock"].get(p)}
+    actions: dict[str, tuple[str, Callable[[], Any]]] = {
+        "apply": ("stock", lambda: Tree(root, newer).apply()),
+        "revert": ("newer", lambda: Tree(root, newer).revert()),
+        "apply over an older one": ("older", lambda: Tree(root, newer).apply()),
     }
-    for name, (applied, action) in actions.items():
-        for then in ("apply", "revert"):
-            write = 0
-            while True:
-                fresh(*applied)
-                if not kill_before(write, root, action):
-                    break
-                found = [key for key, files in states.items() if code(files) == code(content(root))]
+    for name, (before, action) in actions.items():
+        write = 0
+        while True:
+            fresh(before)
+            if not kill_before(write, root, action):
+                break
+            wrong, found = broken(root, states), content(root)
+            killed = root.rename(folder / "killed")
+            merged = sum(found.get(path) == states["newer"][path] for path in changed)
+            for then in ("apply", "revert"):
+                shutil.rmtree(root, ignore_errors=True)
+                shutil.copytree(killed, root)
+                give_as(killed, root)
                 try:
                     getattr(Tree(root, newer), then)()
                 except UserError as error:
                     if then == "apply" or "not applied" not in str(error):
                         raise
-                later = [key for key, files in states.items() if files == content(root)]
                 yield {
                     "action": name,
                     "write": write,
                     "then": then,
-                    "found": found,
-                    "afterwards": later,
+                    "broken": wrong,
+                    "merged": f"{merged} of {len(changed)}",
+                    "afterwards": [key for key, files in states.items() if files == content(root)],
                     "owners": owners(root),
                 }
-                write += every
+            shutil.rmtree(killed)
+            write += every
 
 
 if __name__ == "__main__":

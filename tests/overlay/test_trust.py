@@ -4,9 +4,11 @@ it replaces stays its owner's."""
 from __future__ import annotations
 
 import errno
+import grp
 import hashlib
 import json
 import os
+import pwd
 import shutil
 import stat
 import subprocess
@@ -23,7 +25,6 @@ from hypothesis import strategies as st
 from tests.conftest import examples
 from vllm_deepstack import STATE, releases
 from vllm_deepstack.__main__ import main
-from vllm_deepstack.patch import transaction
 from vllm_deepstack.patch.tree import Tree
 
 from .faults import MODELS, OTHER_USER, content, give_away, overlays, owners
@@ -70,8 +71,6 @@ manifests = st.fixed_dictionaries(
         "status": st.sampled_from(["applied", "applying", "reverting"]) | anything,
         "release": st.just("0.22.1") | anything,
         "files": files | anything,
-        "previous": st.fixed_dictionaries({"status": st.just("applied"), "files": files})
-        | anything,
     },
 )
 texts = st.one_of(
@@ -214,19 +213,6 @@ def test_links_are_not_followed(sources, tmp_path, name, verb, capsys):
     assert main(["status", str(sources)]) in (0, 1, 2)  # it reads, and changes nothing
 
 
-def test_a_link_where_an_older_overlay_is_kept(release_sources, tmp_path, capsys):
-    """To another installation, which would be written to."""
-    sources = release_sources("0.22.1")
-    older, newer = overlays(tmp_path)
-    Tree(sources, older).apply()
-    (tmp_path / "site/vllm").mkdir(parents=True)
-    (sources / STATE / "previous").symlink_to(tmp_path / "site")
-    before, outside = content(sources), content(tmp_path)
-    assert main(["apply", str(sources), "--overlay", str(newer)]) == 1
-    assert "previous: is a symbolic link to" in capsys.readouterr().err
-    assert (content(sources), content(tmp_path)) == (before, outside)
-
-
 def test_a_link_in_place_of_compiled_files(sources, tmp_path):
     """They are deleted for what is replaced, and not elsewhere."""
     (tmp_path / "qwen3_vl.important.pyc").write_text("precious")
@@ -284,14 +270,11 @@ def attributes(root: Path) -> dict[str, Any]:
 
 
 @as_root
-@pytest.mark.parametrize("exchange", [True, False])
-def test_what_is_replaced_stays_its_owner_s(sources, monkeypatch, exchange):
+def test_what_is_replaced_stays_its_owner_s(sources):
     """Owner, group, mode, and the attributes in which security modules keep their labels."""
-    if not exchange:
-        monkeypatch.setattr(transaction.Transaction, "swap", lambda *_: False)
     give_away(sources, OTHER_USER)
     kept_attributes(sources)
-    (sources / MODELS).chmod(0o2775)
+    (sources / MODELS).chmod(0o2755)
     before = attributes(sources)
     Tree(sources).apply()
     after = attributes(sources)
@@ -300,6 +283,51 @@ def test_what_is_replaced_stays_its_owner_s(sources, monkeypatch, exchange):
     assert stat.S_IMODE(after[f"{MODELS}/deepstack.py"][2]) == 0o644
     Tree(sources).revert()
     assert attributes(sources) == before
+
+
+SHARED = {
+    "another owner": (OTHER_USER, 0, 0o755),
+    "all": (0, 0, 0o777),
+    "all, and a sticky bit": (0, 0, 0o1777),
+    "a group without a name": (0, OTHER_USER, 0o2775),
+}
+
+
+@as_root
+@pytest.mark.parametrize("how", SHARED)
+@pytest.mark.parametrize("name", ["vllm", MODELS, STATE])
+@pytest.mark.parametrize("verb", ["apply", "revert"])
+def test_root_does_not_write_where_others_can(sources, name, how, verb, capsys):
+    """They could put a link there after links were looked for."""
+    if STATE in name or verb == "revert":
+        Tree(sources).apply()
+    uid, gid, mode = SHARED[how]
+    os.chown(sources / name, uid, gid)
+    (sources / name).chmod(mode)
+    before = content(sources)
+    assert main([verb, str(sources)]) == 1
+    message = capsys.readouterr().err
+    assert f"{sources / name}: its owner is {SHARED[how][0]}:{SHARED[how][1]}, its mode" in message
+    assert "chmod -R go-w" in message
+    assert content(sources) == before
+
+
+@as_root
+@pytest.mark.parametrize("group, code", [("empty", 0), ("root", 0), ("own", 1), ("joined", 1)])
+def test_groups_that_others_are_in(sources, monkeypatch, group, code):
+    """Debian has an empty group for /usr/local; and umask 002 is common."""
+    named = {"empty": [], "root": [], "own": [], "joined": ["ada"]}
+    number = 0 if group == "root" else 50
+    primary = number if group == "own" else 1000
+    ada = pwd.struct_passwd(("ada", "x", 1000, primary, "", "/", "/"))
+    root = pwd.struct_passwd(("root", "x", 0, 0, "", "/", "/"))
+    known = grp.struct_group((group, "x", number, named[group]))
+    monkeypatch.setattr("pwd.getpwall", lambda: [root, ada])
+    monkeypatch.setattr("grp.getgrgid", lambda _: known)
+    for folder in (sources, *(path for path in sources.rglob("*") if path.is_dir())):
+        os.chown(folder, 0, number)
+        folder.chmod(0o2775)
+    assert main(["apply", str(sources)]) == code
 
 
 @as_root

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from vllm_deepstack import ROOT, __version__
+from vllm_deepstack import ROOT, __version__, cli
 from vllm_deepstack.__main__ import main, parser
 from vllm_deepstack.patch.tree import Tree
 
@@ -122,7 +123,7 @@ def test_ctrl_c(release_sources):
 import os, signal, sys
 from vllm_deepstack.__main__ import main
 def hook(event, args):
-    if event == "vllm_deepstack.exchange":
+    if event == "os.rename" and str(args[1]).endswith("/qwen3_vl.py"):
         os.kill(os.getpid(), signal.SIGINT)
 sys.addaudithook(hook)
 sys.exit(main(["apply", {str(root)!r}]))
@@ -131,6 +132,31 @@ sys.exit(main(["apply", {str(root)!r}]))
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (128 + signal.SIGINT, "interrupted\n")
     assert content(root) == before
+
+
+class TestResults:
+    """What `check` and the benchmarks write."""
+
+    def test_a_link_is_not_written_through(self, tmp_path):
+        (tmp_path / "victim").write_text("precious")
+        (tmp_path / ".report.json").symlink_to("victim")
+        cli.write_text("{}", tmp_path / "report.json")
+        assert (tmp_path / "victim").read_text() == "precious"
+        assert (tmp_path / "report.json").read_text() == "{}"
+
+    def test_mode_is_what_umask_leaves(self, tmp_path):
+        old = os.umask(0o027)
+        try:
+            cli.write_text("{}", tmp_path / "report.json")
+        finally:
+            os.umask(old)
+        assert stat.S_IMODE((tmp_path / "report.json").stat().st_mode) == 0o640
+
+    def test_a_failure_leaves_nothing(self, tmp_path):
+        (tmp_path / "report.json").write_text("before")
+        with pytest.raises(UnicodeEncodeError):
+            cli.write_text("\ud800", tmp_path / "report.json")
+        assert content(tmp_path) == {"report.json": b"before"}
 
 
 @pytest.fixture

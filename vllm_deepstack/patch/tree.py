@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 import difflib
 import errno
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Collection, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
@@ -19,6 +20,7 @@ from . import record
 from .transaction import Files, Transaction, locked
 
 OVERLAY = ROOT
+MIXIN = "vllm/model_executor/models/deepstack.py"
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,8 @@ class Tree:
         return changes(self.plan())
 
     def apply(self) -> list[Change]:
-        """Merges in place, all or nothing. Returns what it changed.
+        """Merges in place, all or nothing; takes back what another version did first. Returns
+        what it changed.
 
         Raises:
             UserError: as `plan`; or the tree cannot be written to, or another is at it.
@@ -176,26 +179,22 @@ class Tree:
             plan = self.plan()
             if not changes(plan):
                 return []
-            merged = [one for one in plan if one.after != one.upstream]
-            # What an overlay before this one has changed, and this one does not, goes back.
-            applied = (self.transaction.manifest() or {"files": {}})["files"]
-            left = {path for path in applied if path.startswith("vllm/")}
-            left -= {one.path for one in merged}
-            back = {path: self.transaction.original(path) for path in sorted(left)}
-            after: Files = {**{one.path: one.after for one in merged}, **back}
-            originals: Files = {**{one.path: one.upstream for one in merged}, **back}
+            merged = {one.path: one for one in plan if one.after != one.upstream}
+            after: Files = {path: merged[path].after for path in in_order(merged)}
+            originals: Files = {path: merged[path].upstream for path in after}
             # RECORD first: it may name files that are not there yet, and must not miss one.
             for path, data in self._record(after, originals).items():
                 originals = {path: self._read(path), **originals}
                 after = {path: data, **after}
-            kept = [
-                f"{STATE}/{kind}/{path}" for kind in ("originals", "previous") for path in after
-            ]
-            self.transaction.refuse_links([*after, *kept])
+            self.transaction.guard([*after, *(f"{STATE}/originals/{path}" for path in after)])
+            if self.transaction.manifest():
+                self.transaction.take_back()  # what another version of the overlay has put there
+            if not merged:
+                return changes(plan)
             self.transaction.begin(originals, after, release=str(self.release.version))
             try:
                 self.transaction.put(after)
-                self.transaction.done()
+                self.transaction.mark("applied")
             except BaseException:
                 self.transaction.take_back()
                 raise
@@ -218,12 +217,15 @@ class Tree:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
+        before = None
         try:
             with locked(self.root):
+                before = self.transaction.manifest()
                 yield
         except OSError as error:
-            manifest = self.transaction.manifest()
-            done = "call again, to finish or take back" if manifest else "nothing was changed"
+            done = "the release's files are back" if before else "nothing was changed"
+            if self.transaction.manifest():
+                done = "call again, to finish or take back"
             if error.errno in (errno.EXDEV, errno.EBUSY):
                 done += "; a part of it is another file system: use the plugin instead"
             raise UserError(f"{self.root}: cannot be written to: {error}; {done}") from error
@@ -253,6 +255,17 @@ class Tree:
             if record.paths(before) & set(self.release.sources):
                 return {own: record.patched(before, files, [*kept, own])}
         return {}
+
+
+def in_order(paths: Collection[str]) -> list[str]:
+    """The mixin first, and each file after those that its merged file imports: as many of them as
+    there are, from the first on, can be imported beside the release's others."""
+    needs = {
+        path: {need for file in of.values() for need in file.needs}
+        for path, of in table().files.items()
+    }
+    graph = {path: sorted({MIXIN, *needs.get(path, ())} - {path}) for path in sorted(paths)}
+    return [path for path in TopologicalSorter(graph).static_order() if path in paths]
 
 
 def changes(plan: list[Merged]) -> list[Change]:
