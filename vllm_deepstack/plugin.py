@@ -54,23 +54,31 @@ class Watch:
         self.seen: WeakSet[Any] = WeakSet()
 
     def __call__(self, module: Any, name: str, part: Any) -> None:
+        try:
+            problem = self.look(module)
+        except Exception as error:  # no reason for a model not to be built
+            problem = f"{type(module).__name__}: whether it is fixed cannot be told: {error!r}"
+        if problem and is_on(REQUIRE):
+            raise RuntimeError(f"{REQUIRE}={os.environ[REQUIRE]}: {problem}")
+        if problem:
+            log(logging.WARNING, problem)
+
+    def look(self, module: Any) -> str | None:
+        """At a module that gets a part. Returns what is wrong with it."""
         cls = type(module)
         if cls not in self.kinds:
             named = ((c.__module__, c.__name__) for c in cls.__mro__)
             self.kinds[cls] = next((self.models[n] for n in named if n in self.models), None)
         model = self.kinds[cls]
         if model is None or module in self.seen:
-            return
+            return None
         self.seen.add(module)
         fixed, problems = self.judge(model) if has_levels(module, model) else ([], [])
-        if not problems:
-            if fixed:
-                log(logging.INFO, f"{cls.__name__} has the DeepStack fixes ({', '.join(fixed)})")
-            return
-        text = f"{cls.__name__} is built without the DeepStack fixes: {'; '.join(problems)}"
-        if is_on(REQUIRE):
-            raise RuntimeError(f"{REQUIRE}={os.environ[REQUIRE]}: {text}")
-        log(logging.WARNING, text)
+        if problems:
+            return f"{cls.__name__} is built without the DeepStack fixes: {'; '.join(problems)}"
+        if fixed:
+            log(logging.INFO, f"{cls.__name__} has the DeepStack fixes ({', '.join(fixed)})")
+        return None
 
     def judge(self, model: str) -> tuple[list[str], list[str]]:
         """The defects that are fixed, and why some are not."""

@@ -248,6 +248,15 @@ class TestModels:
         watch(torch.nn.Sequential(), "0", torch.nn.Identity())
         assert watch.kinds == {torch.nn.Sequential: None} and not len(watch.seen)
 
+    def test_what_cannot_be_told(self, built, monkeypatch):
+        """A model is built all the same."""
+        monkeypatch.setattr(Watch, "judge", lambda *_: 1 / 0)
+        (line,) = built("Qwen3-VL", {QWEN3_VL: place(built.root, QWEN3_VL)})
+        assert line.startswith(
+            "WARNING Qwen3VLForConditionalGeneration: whether it is fixed cannot"
+        )
+        assert "division by zero" in line
+
     @pytest.mark.parametrize("value", ["1", "true", "YES", "on"])
     def test_required(self, built, monkeypatch, value):
         monkeypatch.setenv("DEEPSTACK_REQUIRE", value)
