@@ -75,7 +75,8 @@ wheel: .venv/tools
 ## build vllm-deepstack in dist/: vLLM's plugin, and the command
 plugin: dist/.plugin
 
-dist/.plugin: $(SOURCES) vllm_deepstack/pyproject.toml | .venv/tools
+dist/.plugin: $(SOURCES) vllm_deepstack/pyproject.toml \
+		$(if $(wildcard dist/vllm_deepstack-*.whl),,missing-plugin) | .venv/tools
 	.venv/bin/python -m vllm_deepstack.build build/merged
 	rm -f dist/vllm_deepstack-*
 	.venv/bin/python -m build --wheel --installer uv --outdir dist vllm_deepstack
@@ -84,6 +85,9 @@ dist/.plugin: $(SOURCES) vllm_deepstack/pyproject.toml | .venv/tools
 ## write the pull requests to vLLM: patches and texts in build/pr/
 pr: .venv/tools
 	.venv/bin/python -m upstream $(RELEASE)
+
+.PHONY: missing-plugin
+missing-plugin:
 
 # WHEEL=at-hand: take the wheels in dist/, do not build them.
 ifeq ($(WHEEL),at-hand)

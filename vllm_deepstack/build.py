@@ -23,7 +23,7 @@ from rich.progress import track
 from . import ROOT, cli, package_index, releases
 from .cli import UserError
 from .merge.merge import merged_file
-from .merged import NONE, TABLE, File, table
+from .merged import FOLDER, NONE, TABLE, File, sha256, table
 from .patch.tree import OVERLAY, overlay_files
 
 
@@ -36,8 +36,17 @@ def stamp(overlay: Mapping[str, bytes]) -> str:
 
 
 def is_built(folder: Path, overlay: Mapping[str, bytes]) -> bool:
+    """Whether the folder has all merged files of this overlay, each as it was made."""
     file = folder / "stamp"
-    return file.is_file() and file.read_text() == stamp(overlay)
+    return (
+        file.is_file()
+        and file.read_text() == stamp(overlay)
+        and all(sha256(folder / f.place.relative_to(FOLDER)) == f.merged for f in replaced())
+    )
+
+
+def replaced() -> list[File]:
+    return [file for of in table().files.values() for file in of.values() if file.merged]
 
 
 def build(folder: Path, overlay: Mapping[str, bytes]) -> None:

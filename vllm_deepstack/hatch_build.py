@@ -8,6 +8,8 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 class MergedFiles(BuildHookInterface):
     def initialize(self, version, build_data):
+        if version == "editable":
+            sys.exit("no editable install: call `make plugin`, and install the wheel in dist/")
         repository = Path(self.root).parent
         sys.path.insert(0, str(repository))
         from vllm_deepstack import build

@@ -13,8 +13,10 @@ import re
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
+from threading import RLock
+from typing import Any
 
-from . import ROOT
+from . import ROOT, STATE
 
 TABLE = ROOT / "requirements" / "files.json"
 HERE = Path(__file__).parent
@@ -22,6 +24,8 @@ BUILT = (HERE / "merged").is_dir()
 """Whether this is the package as it is installed, and no clone."""
 FOLDER = HERE / "merged" if BUILT else ROOT / "build" / "merged"
 """Where the merged files are."""
+NOTICE = b"# Changed by vllm-deepstack: this is not the file as vLLM released it.\n"
+"""What a merged file says of itself, after the lines of its licence."""
 NONE = ""
 """Stands for the sha256 of a file that vLLM does not have, and the fork adds."""
 
@@ -42,6 +46,8 @@ class File:
     """The paths of other merged files that the merged file imports."""
     names: dict[str, list[str]] = field(default_factory=dict)
     """By module of vLLM's, what the merged file imports and the original does not."""
+    left: dict[str, list[str]] = field(default_factory=dict)
+    """By model, the defects that the merged file leaves, whatever the options are."""
 
     @property
     def place(self) -> Path:
@@ -92,30 +98,31 @@ class Installed:
     unknown: dict[str, str] = field(default_factory=dict)
     """Why files are left as they are, by path."""
     looked_up: dict[str, File | None] = field(default_factory=dict)
+    lock: Any = field(default_factory=RLock)
 
     def replacement(self, path: str) -> File | None:
         """What replaces a file; None where it is fixed, or unknown, or needs what is unknown."""
-        if path not in self.looked_up:
-            self.looked_up[path] = None  # for two files that need each other
-            self.looked_up[path] = self._look_up(path)
-        return self.looked_up[path]
+        with self.lock:
+            if path not in self.looked_up:
+                self.looked_up[path] = None  # for two files that need each other
+                try:
+                    self.looked_up[path] = self._look_up(path)
+                except OSError as error:
+                    self.unknown[path] = f"cannot be read: {error}"
+            return self.looked_up[path]
 
     def _look_up(self, path: str) -> File | None:
-        try:
-            digest = sha256(self.root / path)
-        except OSError as error:
-            self.unknown[path] = f"cannot be read: {error.strerror}"
-            return None
+        digest = sha256(self.root / path)
         if digest in table().merged:
             return None
         found = table().files[path].get(digest)
         if found is None:
             if digest:
-                self.unknown[path] = "is not as any release that vllm-deepstack knows has it"
+                self.unknown[path] = self.why_unknown(self.root / path)
             return None
         if not found.merged:
             return None
-        if not found.place.is_file():
+        if sha256(found.place) != found.merged:
             self.unknown[path] = f"has no merged file in {FOLDER}: install vllm-deepstack again"
             return None
         for other in found.needs:
@@ -127,6 +134,11 @@ class Installed:
                 self.unknown[path] = f"needs {missing[0]} of {module}, which is not there"
                 return None
         return found
+
+    def why_unknown(self, file: Path) -> str:
+        if (self.root / STATE).is_dir() or NOTICE in file.read_bytes():
+            return "was patched by another version of vllm-deepstack: run `vllm-deepstack apply`"
+        return "is not as any release that vllm-deepstack knows has it"
 
     def missing(self, module: str, names: list[str]) -> list[str]:
         """Of names that a module should have, those that its source does not mention."""

@@ -37,10 +37,18 @@ class Finder(MetaPathFinder):
         self.paths = {module_of(path): path for path in table().files}
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name not in self.paths or not (file := self.installed.replacement(self.paths[name])):
+        own = self.paths.get(name)
+        folder = str((self.installed.root / own).parent) if own else ""
+        if not own or (path and folder not in map(os.path.abspath, path)):
             return None
-        place = str(file.place)
-        return spec_from_file_location(name, place, loader=Loader(name, place))
+        try:
+            file = self.installed.replacement(own)
+        except Exception as error:  # the release's own file can be imported all the same
+            self.installed.unknown[own] = repr(error)
+            return None
+        if file is None:
+            return None
+        return spec_from_file_location(name, file.place, loader=Loader(name, str(file.place)))
 
 
 class Watch:
@@ -91,22 +99,27 @@ class Watch:
             if not module or not (of or module.__name__ == own):
                 continue
             place = Path(str(module.__file__))
-            if file := table().merged.get(sha256(place)):
+            file = self.installed.looked_up.get(path)
+            if not file or place != file.place:
+                file = table().merged.get(sha256(place))
+            if file:
                 fixed |= dict.fromkeys(file.fixes.get(model, ()))
+                if left := file.left.get(model):
+                    problems.append(f"{place} leaves {', '.join(left)} as it is released")
             elif known := files.get(sha256(place)):
                 if left := known.fixes.get(model):
                     why = self.installed.unknown.get(path, "was imported before the plugin")
                     problems.append(f"{place} {why} ({', '.join(left)})")
             else:
-                problems.append(f"{place} is not as any release that vllm-deepstack knows has it")
+                problems.append(f"{place} {self.installed.why_unknown(place)}")
         return sorted(fixed, key=lambda name: int(name[1:])), problems
 
 
 def has_levels(module: Any, model: str) -> bool:
     """Of a model whose defects are a matter of levels, as far as its configuration is set yet."""
-    levels = table().levels.get(model)
-    vision = getattr(getattr(module, "config", None), "vision_config", None)
-    return not levels or vision is None or bool(getattr(vision, levels, None))
+    levels, config = table().levels.get(model), getattr(module, "config", None)
+    vision = getattr(config, "vision_config", None)
+    return not levels or config is None or bool(getattr(vision, levels, None))
 
 
 def install() -> tuple[int, str] | None:
@@ -118,7 +131,7 @@ def install() -> tuple[int, str] | None:
             raise FileNotFoundError(f"{FOLDER}: no merged files; `make plugin` makes them")
         from torch.nn.modules.module import register_module_module_registration_hook
 
-        installed = Installed(vllm_root())
+        installed = Installed(vllm_root().absolute())
         register_module_module_registration_hook(Watch(installed))
         sys.meta_path.insert(0, Finder(installed))
         return None
@@ -128,8 +141,12 @@ def install() -> tuple[int, str] | None:
 
 def register() -> None:
     """The entry point. vLLM calls it in every process that does not share another's memory."""
-    if OUTCOME:
-        log(*OUTCOME)
+    if not OUTCOME:
+        return
+    level, text = OUTCOME
+    if level == logging.WARNING and is_on(REQUIRE):
+        raise RuntimeError(f"{REQUIRE}={os.environ[REQUIRE]}: {text}")
+    log(level, text)
 
 
 def log(level: int, text: str) -> None:

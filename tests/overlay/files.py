@@ -37,6 +37,7 @@ def files(roots: Mapping[Version, Path]) -> dict[str, dict[str, Any]]:
     """
     overlay = overlay_files(OVERLAY)
     found: dict[str, dict[str, Any]] = {path: {} for path in overlay}
+    having: dict[tuple[str, str], list[Version]] = {}
     for version, root in roots.items():
         upstream = {p: (root / p).read_bytes() for p in overlay if (root / p).is_file()}
         made = merge_all(overlay, upstream, version)
@@ -50,6 +51,7 @@ def files(roots: Mapping[Version, Path]) -> dict[str, dict[str, Any]]:
                 continue
             data = merged.get(path)
             digest = releases.sha256(data) if data else None
+            having.setdefault((path, sha), []).append(version)
             if sha in found[path]:
                 if found[path][sha]["merged"] != digest:
                     raise UserError(
@@ -61,6 +63,13 @@ def files(roots: Mapping[Version, Path]) -> dict[str, dict[str, Any]]:
             if data:
                 before = file.read_bytes() if sha else b""
                 found[path][sha] |= about(path, before, merged, Code(root))
+    for (path, sha), versions in having.items():  # in all of them, or it is none of the file's
+        fixes = found[path][sha].get("fixes", {})
+        for model, names in [*fixes.items()]:
+            released = {name: DEFECTS[name].models[model][1] for name in names}
+            fixes[model] = [n for n in names if all(map(released[n].contains, versions))]
+            if not fixes[model]:
+                del fixes[model]
     return found
 
 
@@ -76,6 +85,9 @@ def about(path: str, before: bytes, merged: Mapping[str, bytes], code: Code) -> 
     then = present(Code(code.root, served))
     fixes = {model: [d for d in of if d not in then[model]] for model, of in present(code).items()}
     entry: dict[str, Any] = {"fixes": {model: of for model, of in fixes.items() if of}}
+    left = {model: [d for d in of if d == "D16"] for model, of in then.items()}
+    if path == KINDS["Transformers backend"].file:
+        entry["left"] = {model: of for model, of in left.items() if of}
     entry |= {"needs": sorted(needs), "names": {m: sorted(n) for m, n in sorted(names.items())}}
     return {key: value for key, value in entry.items() if value}
 

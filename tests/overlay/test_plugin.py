@@ -17,9 +17,8 @@ import pytest
 import torch
 
 from tests.conftest import PR43617
-from vllm_deepstack import ROOT, __version__, build, merged, releases
-from vllm_deepstack.merge.merge import NOTICE
-from vllm_deepstack.merged import FOLDER, TABLE, Installed, module_of, table
+from vllm_deepstack import ROOT, STATE, __version__, build, merged, plugin, releases
+from vllm_deepstack.merged import FOLDER, NOTICE, TABLE, Installed, module_of, table
 from vllm_deepstack.patch.defects import MODELS
 from vllm_deepstack.patch.tree import OVERLAY, Tree, overlay_files
 from vllm_deepstack.plugin import Finder, Loader, Watch
@@ -29,6 +28,7 @@ from .files import text
 RELEASES = [str(version) for version in releases.releases()]
 NEWEST = RELEASES[-1]
 QWEN3_VL, MIXIN = f"{MODELS}/qwen3_vl.py", f"{MODELS}/deepstack.py"
+BACKEND = f"{MODELS}/transformers/multimodal.py"
 ERNIE, EXPERTS = f"{MODELS}/ernie45_vl.py", f"{MODELS}/ernie45_vl_moe.py"
 
 
@@ -155,7 +155,19 @@ class TestUnknownFiles:
         monkeypatch.setattr(merged, "sha256", refuse)
         installed = Installed(release_sources(NEWEST))
         assert installed.replacement(QWEN3_VL) is None
-        assert installed.unknown[QWEN3_VL] == "cannot be read: Permission denied"
+        assert installed.unknown[QWEN3_VL] == "cannot be read: [Errno 13] Permission denied"
+
+    @pytest.mark.parametrize("how", ["apply", "wheel"])
+    def test_another_version_of_ours(self, release_sources, how):
+        root = release_sources(NEWEST)
+        if how == "apply":
+            (root / STATE).mkdir()
+        else:
+            (root / QWEN3_VL).write_bytes(NOTICE + (root / QWEN3_VL).read_bytes())
+        words = "was patched by another version of vllm-deepstack: run `vllm-deepstack apply`"
+        assert self.edit(root, QWEN3_VL).replacement(QWEN3_VL) is None
+        installed = Installed(root)
+        assert installed.replacement(QWEN3_VL) is None and installed.unknown[QWEN3_VL] == words
 
 
 @pytest.fixture
@@ -242,6 +254,19 @@ class TestModels:
         files = {QWEN3_VL: built.root / QWEN3_VL}
         assert len(built("Qwen3-VL", files, config)) == lines
 
+    def test_other_models_of_the_transformers_backend(self, built):
+        files = {BACKEND: place(built.root, BACKEND)}
+        assert built("Transformers backend", files, SimpleNamespace(hidden_size=8)) == []
+
+    def test_levels_that_the_backend_drops(self, release_sources, monkeypatch):
+        """Before 0.32.0, D16 has no fix."""
+        installed = Installed(release_sources("0.31.0"))
+        file = installed.replacement(BACKEND)
+        module = SimpleNamespace(__name__=module_of(BACKEND), __file__=str(file.place))
+        monkeypatch.setitem(sys.modules, module_of(BACKEND), module)
+        _, problems = Watch(installed).judge("Transformers backend")
+        assert problems == [f"{file.place} leaves D16 as it is released"]
+
     def test_another_model(self, built):
         """As dear as it gets: a look into a dictionary for each part of a model."""
         watch = Watch(Installed(built.root))
@@ -263,6 +288,13 @@ class TestModels:
         with pytest.raises(RuntimeError, match=f"DEEPSTACK_REQUIRE={value}: Qwen3VLFor.* without"):
             built("Qwen3-VL", {QWEN3_VL: built.root / QWEN3_VL})
         assert built("Qwen3-VL", {QWEN3_VL: place(built.root, QWEN3_VL)})
+
+    def test_required_where_the_plugin_cannot_work(self, monkeypatch):
+        monkeypatch.setattr(plugin, "OUTCOME", (logging.WARNING, "no merged files"))
+        plugin.register()
+        monkeypatch.setenv("DEEPSTACK_REQUIRE", "1")
+        with pytest.raises(RuntimeError, match="DEEPSTACK_REQUIRE=1: no merged files"):
+            plugin.register()
 
     @pytest.mark.parametrize("value", ["", "0", "false"])
     def test_not_required(self, built, monkeypatch, value):
@@ -341,7 +373,8 @@ def test_a_module_is_a_real_file_and_leaves_no_bytecode(release_sources, monkeyp
     root = release_sources(NEWEST)
     finder = Finder(Installed(root))
     assert finder.find_spec("vllm.model_executor.models.llama") is None
-    spec = finder.find_spec(module_of(MIXIN))
+    assert finder.find_spec(module_of(MIXIN), ["/another/vllm/model_executor/models"]) is None
+    spec = finder.find_spec(module_of(MIXIN), [str(root / MODELS)])
     assert spec and spec.origin == str(place(root, MIXIN))
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
     file = tmp_path / "module.py"
@@ -387,6 +420,9 @@ class TestBuild:
         build.build(tmp_path / "made", overlay)
         assert build.is_built(tmp_path / "made", overlay)
         assert not build.is_built(tmp_path / "made", overlay | {MIXIN: b""})
+        for file in (tmp_path / "made").rglob("deepstack.py"):
+            file.write_bytes(file.read_bytes() + b"print(1)\n")
+        assert not build.is_built(tmp_path / "made", overlay)
         assert sorted(f.name for f in (tmp_path / "made").rglob("*.py")) == [
             "deepstack.py",
             "qwen3_vl_moe.py",

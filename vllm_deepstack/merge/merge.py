@@ -15,6 +15,7 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import Version
 
 from ..cli import UserError
+from ..merged import NOTICE
 from .imports import add_imports, bound, imported
 from .splice import comparable, is_spliced, left_over, splice
 from .syntax import (
@@ -33,7 +34,6 @@ from .syntax import (
 
 # `# release: <0.23` on the line above a definition: only releases in this range need it.
 RELEASE = re.compile(r"#\s*release:\s*(.*)")
-NOTICE = b"# Changed by vllm-deepstack: this is not the file as vLLM released it.\n"
 SPDX = b"# SPDX-"
 
 
