@@ -72,7 +72,7 @@ def lacking(model: str) -> str:
     if releases and not SpecifierSet(releases).contains(version()):
         return f"vLLM {version()}: {reason}"
     if model in ("qwen3_vl_moe", "ernie4_5_vl") and dense():
-        return f"{model}: vLLM {version()} needs AVX-512 for experts"
+        return f"{model}: vLLM {version()} needs AVX-512 without AMX for experts"
     return ""
 
 
