@@ -173,7 +173,7 @@ def test_the_plugin_fixes_the_stock_release(parity, model, stock_tree, stock_cac
     for name in ("eager", "default"):
         log = (tmp_path / f"logs/{name}.log").read_text().splitlines()
         (said,) = (line for line in log if SAYS in line)  # by the process that runs the model
-        assert said.startswith("(EngineCore pid=") and "has the DeepStack fixes (D1, " in said
+        assert "(Worker pid=" in said and "has the DeepStack fixes (D1, " in said
 
 
 @pytest.mark.optional
