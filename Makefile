@@ -75,6 +75,10 @@ wheel: .venv/tools
 ## build vllm-deepstack in dist/: vLLM's plugin, and the command
 plugin: dist/.plugin
 
+# Its wheel may have been deleted.
+.PHONY: missing-plugin
+missing-plugin:
+
 dist/.plugin: $(SOURCES) vllm_deepstack/pyproject.toml \
 		$(if $(wildcard dist/vllm_deepstack-*.whl),,missing-plugin) | .venv/tools
 	.venv/bin/python -m vllm_deepstack.build build/merged
@@ -85,9 +89,6 @@ dist/.plugin: $(SOURCES) vllm_deepstack/pyproject.toml \
 ## write the pull requests to vLLM: patches and texts in build/pr/
 pr: .venv/tools
 	.venv/bin/python -m upstream $(RELEASE)
-
-.PHONY: missing-plugin
-missing-plugin:
 
 # WHEEL=at-hand: take the wheels in dist/, do not build them.
 ifeq ($(WHEEL),at-hand)

@@ -21,7 +21,7 @@ class MergedFiles(BuildHookInterface):
                 build.build(folder, overlay)
             except Exception as error:
                 sys.exit(
-                    f"the merged files could not be made: {error}\n`make plugin` makes them where "
-                    "the package index is; DEEPSTACK_SOURCES=FOLDER has vLLM's wheels from a folder"
+                    f"the merged files could not be made: {error}\nThey need the package index, or "
+                    "DEEPSTACK_SOURCES=FOLDER with vLLM's wheels; `make plugin` makes them ahead"
                 )
         build_data["force_include"][str(folder)] = "vllm_deepstack/merged"

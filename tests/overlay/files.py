@@ -23,8 +23,9 @@ from vllm_deepstack.merged import NONE, TABLE, module_of
 from vllm_deepstack.patch.defects import DEFECTS, KINDS, Code, Model
 from vllm_deepstack.patch.tree import OVERLAY, overlay_files
 
+BACKEND = "Transformers backend"
 LEVELS = dict.fromkeys(
-    ("Qwen3-VL", "Qwen3-VL-MoE", "Qwen3-Omni", "Cohere Compass", "Transformers backend"),
+    ("Qwen3-VL", "Qwen3-VL-MoE", "Qwen3-Omni", "Cohere Compass", BACKEND),
     "deepstack_visual_indexes",
 )
 
@@ -44,13 +45,13 @@ def files(roots: Mapping[Version, Path]) -> dict[str, dict[str, Any]]:
         merged = {path: data for path, data in made.items() if data != upstream.get(path)}
         for path, text in merged.items():
             compile(text, path, "exec")
+        code = Code(root)
+        before = present(code)
         for path in overlay:
-            file = root / path
-            sha = releases.sha256(file.read_bytes()) if file.is_file() else NONE
-            if sha == NONE and path not in merged:
+            if path not in upstream and path not in merged:
                 continue
-            data = merged.get(path)
-            digest = releases.sha256(data) if data else None
+            sha = releases.sha256(upstream[path]) if path in upstream else NONE
+            digest = releases.sha256(merged[path]) if path in merged else None
             having.setdefault((path, sha), []).append(version)
             if sha in found[path]:
                 if found[path][sha]["merged"] != digest:
@@ -60,9 +61,8 @@ def files(roots: Mapping[Version, Path]) -> dict[str, dict[str, Any]]:
                     )
                 continue
             found[path][sha] = {"release": str(version), "merged": digest}
-            if data:
-                before = file.read_bytes() if sha else b""
-                found[path][sha] |= about(path, before, merged, Code(root))
+            if digest:
+                found[path][sha] |= about(path, upstream.get(path, b""), merged, code, before)
     for (path, sha), versions in having.items():  # in all of them, or it is none of the file's
         fixes = found[path][sha].get("fixes", {})
         for model, names in [*fixes.items()]:
@@ -73,33 +73,40 @@ def files(roots: Mapping[Version, Path]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def about(path: str, before: bytes, merged: Mapping[str, bytes], code: Code) -> dict[str, Any]:
+def about(
+    path: str,
+    original: bytes,
+    merged: Mapping[str, bytes],
+    code: Code,
+    before: Mapping[str, list[str]],
+) -> dict[str, Any]:
+    """What a merged file fixes and leaves, of the defects that a release has `before`, and what it
+    imports that its original does not."""
     needs, names = set(), dict[str, set[str]]()
-    for module, name in imports(path, merged[path]) - imports(path, before):
+    for module, name in imports(path, merged[path]) - imports(path, original):
         other = f"{module.replace('.', '/')}.py"
         if other in merged:
             needs.add(other)
         elif module.startswith("vllm."):
             names.setdefault(module, set()).add(name)
     served = {other: merged[other] for other in {path, *closure(needs, merged)}}
-    then = present(Code(code.root, served))
-    fixes = {model: [d for d in of if d not in then[model]] for model, of in present(code).items()}
+    after = present(Code(code.root, served))
+    fixes = {model: [d for d in of if d not in after[model]] for model, of in before.items()}
     entry: dict[str, Any] = {"fixes": {model: of for model, of in fixes.items() if of}}
-    left = {model: [d for d in of if d == "D16"] for model, of in then.items()}
-    if path == KINDS["Transformers backend"].file:
-        entry["left"] = {model: of for model, of in left.items() if of}
+    if path == KINDS[BACKEND].file and "D16" in after[BACKEND]:
+        entry["left"] = {BACKEND: ["D16"]}
     entry |= {"needs": sorted(needs), "names": {m: sorted(n) for m, n in sorted(names.items())}}
     return {key: value for key, value in entry.items() if value}
 
 
-def closure(needs: set[str], merged: Mapping[str, bytes]) -> set[str]:
+def closure(paths: set[str], merged: Mapping[str, bytes]) -> set[str]:
     more = {
         f"{module.replace('.', '/')}.py"
-        for path in needs
+        for path in paths
         for module, _ in imports(path, merged[path])
     }
-    more = (more & merged.keys()) | needs
-    return more if more == needs else closure(more, merged)
+    more = (more & merged.keys()) | paths
+    return more if more == paths else closure(more, merged)
 
 
 def imports(path: str, data: bytes) -> set[tuple[str, str]]:

@@ -12,14 +12,13 @@ from packaging.version import Version
 from .. import releases
 from ..cli import UserError
 from .compile_cache import warnings
-from .defects import DEFECTS, EVERYWHERE, KINDS, MODELS, Code, Model, Unreadable, drops_levels
-from .tree import OVERLAY, Tree, overlay_files, transaction, version_of
+from .defects import DEFECTS, EVERYWHERE, KINDS, Code, Model, Unreadable, drops_levels
+from .tree import MIXIN, OVERLAY, Tree, overlay_files, transaction, version_of
 
 SCHEMA = 1
 """Of `--json`: docs/schemas/status.json. Another number when a field changes its meaning."""
 
 CLEAN, AFFECTED, UNKNOWN = 0, 1, 2
-MIXIN = f"{MODELS}/deepstack.py"
 # What registers classes, or replaces methods, over those that are judged here.
 COPIES = ("tpu_inference", "vllm_gaudi", "vllm_rbln")
 BESIDE = {
