@@ -23,7 +23,7 @@ from rich.progress import track
 from . import ROOT, cli, package_index, releases
 from .cli import UserError
 from .merge.merge import merged_file
-from .merged import FOLDER, NONE, TABLE, File, sha256, table
+from .merged import NONE, TABLE, File, sha256, table
 from .patch.tree import OVERLAY, overlay_files
 
 
@@ -41,12 +41,13 @@ def is_built(folder: Path, overlay: Mapping[str, bytes]) -> bool:
     return (
         file.is_file()
         and file.read_text() == stamp(overlay)
-        and all(sha256(folder / f.place.relative_to(FOLDER)) == f.merged for f in replaced())
+        and all(sha256(f.place_in(folder)) == f.merged for _, f in replaced())
     )
 
 
-def replaced() -> list[File]:
-    return [file for of in table().files.values() for file in of.values() if file.merged]
+def replaced() -> list[tuple[str, File]]:
+    """With the sha256 of the originals."""
+    return [(sha, f) for of in table().files.values() for sha, f in of.items() if f.merged]
 
 
 def build(folder: Path, overlay: Mapping[str, bytes]) -> None:
@@ -58,8 +59,8 @@ def build(folder: Path, overlay: Mapping[str, bytes]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        todo = [(sha, f) for of in table().files.values() for sha, f in of.items() if f.merged]
-        for sha, file in track(todo, "merging", transient=True, disable=not sys.stderr.isatty()):
+        quiet = not sys.stderr.isatty()
+        for sha, file in track(replaced(), "merging", transient=True, disable=quiet):
             theirs = None if sha == NONE else original(file, sha)
             version = Version(file.release)
             ours = overlay[file.path]
@@ -69,7 +70,7 @@ def build(folder: Path, overlay: Mapping[str, bytes]) -> None:
                     f"{TABLE}: {file.path} of vLLM {file.release}: the overlay makes something "
                     "else of it; `python -m tests.overlay.files` writes the table anew"
                 )
-            place = made / file.merged[:16] / Path(file.path).name
+            place = file.place_in(made)
             place.parent.mkdir(exist_ok=True)
             place.write_bytes(data)
         (made / "stamp").write_text(stamp(overlay))

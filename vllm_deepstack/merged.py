@@ -49,14 +49,17 @@ class File:
     left: dict[str, list[str]] = field(default_factory=dict)
     """By model, the defects that the merged file leaves, whatever the options are."""
 
-    @property
-    def place(self) -> Path:
+    def place_in(self, folder: Path) -> Path:
         """Of the merged file."""
         assert self.merged
-        return FOLDER / self.merged[:16] / Path(self.path).name
+        return folder / self.merged[:16] / Path(self.path).name
+
+    @property
+    def place(self) -> Path:
+        return self.place_in(FOLDER)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Table:
     files: dict[str, dict[str, File]]
     """By path, and by the sha256 of the original."""
@@ -107,7 +110,7 @@ class Installed:
                 self.looked_up[path] = None  # for two files that need each other
                 try:
                     self.looked_up[path] = self._look_up(path)
-                except OSError as error:
+                except Exception as error:  # the release's own file can be imported all the same
                     self.unknown[path] = f"cannot be read: {error}"
             return self.looked_up[path]
 
@@ -138,7 +141,7 @@ class Installed:
     def why_unknown(self, file: Path) -> str:
         if (self.root / STATE).is_dir() or NOTICE in file.read_bytes():
             return "was patched by another version of vllm-deepstack: run `vllm-deepstack apply`"
-        return "is not as any release that vllm-deepstack knows has it"
+        return "is not from a release that vllm-deepstack knows"
 
     def missing(self, module: str, names: list[str]) -> list[str]:
         """Of names that a module should have, those that its source does not mention."""

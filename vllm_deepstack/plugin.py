@@ -41,12 +41,7 @@ class Finder(MetaPathFinder):
         folder = str((self.installed.root / own).parent) if own else ""
         if not own or (path and folder not in map(os.path.abspath, path)):
             return None
-        try:
-            file = self.installed.replacement(own)
-        except Exception as error:  # the release's own file can be imported all the same
-            self.installed.unknown[own] = repr(error)
-            return None
-        if file is None:
+        if not (file := self.installed.replacement(own)):
             return None
         return spec_from_file_location(name, file.place, loader=Loader(name, str(file.place)))
 
@@ -95,18 +90,18 @@ class Watch:
         own, _ = table().kinds[model]
         for path, files in table().files.items():
             module = sys.modules.get(module_of(path))
-            of = {d: None for file in files.values() for d in file.fixes.get(model, ())}
-            if not module or not (of or module.__name__ == own):
+            concerned = module_of(path) == own or any(model in f.fixes for f in files.values())
+            if not module or not concerned:
                 continue
             place = Path(str(module.__file__))
-            file = self.installed.looked_up.get(path)
+            digest, file = sha256(place), self.installed.looked_up.get(path)
             if not file or place != file.place:
-                file = table().merged.get(sha256(place))
+                file = table().merged.get(digest)
             if file:
                 fixed |= dict.fromkeys(file.fixes.get(model, ()))
                 if left := file.left.get(model):
                     problems.append(f"{place} leaves {', '.join(left)} as it is released")
-            elif known := files.get(sha256(place)):
+            elif known := files.get(digest):
                 if left := known.fixes.get(model):
                     why = self.installed.unknown.get(path, "was imported before the plugin")
                     problems.append(f"{place} {why} ({', '.join(left)})")

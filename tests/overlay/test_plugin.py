@@ -102,7 +102,7 @@ class TestUnknownFiles:
         before, installed = served(root), self.edit(root, QWEN3_VL)
         assert installed.replacement(QWEN3_VL) is None
         assert served(root) == {path: data for path, data in before.items() if path != QWEN3_VL}
-        why = "is not as any release that vllm-deepstack knows has it"
+        why = "is not from a release that vllm-deepstack knows"
         assert installed.unknown == {QWEN3_VL: why}
 
     def test_what_another_file_needs(self, release_sources):
@@ -243,7 +243,7 @@ class TestModels:
         (line,) = built("Qwen3-VL-MoE", files)
         assert line == (
             "WARNING Qwen3VLMoeForConditionalGeneration is built without the DeepStack fixes: "
-            f"{built.root / QWEN3_VL} is not as any release that vllm-deepstack knows has it"
+            f"{built.root / QWEN3_VL} is not from a release that vllm-deepstack knows"
         )
 
     @pytest.mark.parametrize("levels, lines", [([5, 11, 17], 1), ([], 0), (None, 0)])
