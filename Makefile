@@ -72,7 +72,7 @@ help:
 wheel: .venv/tools
 	$(BUILD)
 
-## build vllm-deepstack in dist/: vLLM's plugin, and the command
+## build vllm-deepstack in dist/, as wheel and sdist: vLLM's plugin, and the command
 plugin: dist/.plugin
 
 # Its wheel may have been deleted.
@@ -83,7 +83,7 @@ dist/.plugin: $(SOURCES) vllm_deepstack/pyproject.toml \
 		$(if $(wildcard dist/vllm_deepstack-*.whl),,missing-plugin) | .venv/tools
 	.venv/bin/python -m vllm_deepstack.build build/merged
 	rm -f dist/vllm_deepstack-*
-	.venv/bin/python -m build --wheel --installer uv --outdir dist vllm_deepstack
+	.venv/bin/python -m build --installer uv --outdir dist vllm_deepstack
 	touch $@
 
 ## write the pull requests to vLLM: patches and texts in build/pr/

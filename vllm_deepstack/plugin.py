@@ -21,8 +21,10 @@ from typing import Any
 from weakref import WeakSet
 
 from . import OFF, REQUIRE, __version__, is_off, is_on
-from .merged import FOLDER, Installed, module_of, sha256, table
+from .merged import FOLDER, Installed, concerning, module_of, sha256, table, why_unknown
 
+# What the fork leaves in some releases, whichever options they are served with.
+ALWAYS = {"D16"}
 logger = logging.getLogger("vllm.deepstack")  # below `vllm`, for which vLLM sets up handlers
 
 
@@ -87,11 +89,8 @@ class Watch:
         """The defects that are fixed, and why some are not."""
         fixed: dict[str, None] = {}
         problems = []
-        own, _ = table().kinds[model]
-        for path, files in table().files.items():
-            module = sys.modules.get(module_of(path))
-            concerned = module_of(path) == own or any(model in f.fixes for f in files.values())
-            if not module or not concerned:
+        for path in concerning(model):
+            if not (module := sys.modules.get(module_of(path))):
                 continue
             place = Path(str(module.__file__))
             digest, file = sha256(place), self.installed.looked_up.get(path)
@@ -99,14 +98,14 @@ class Watch:
                 file = table().merged.get(digest)
             if file:
                 fixed |= dict.fromkeys(file.fixes.get(model, ()))
-                if left := file.left.get(model):
+                if left := [d for d in file.left.get(model, ()) if d in ALWAYS]:
                     problems.append(f"{place} leaves {', '.join(left)} as it is released")
-            elif known := files.get(digest):
-                if left := known.fixes.get(model):
+            elif known := table().files[path].get(digest):
+                if left := known.fixes.get(model, []):
                     why = self.installed.unknown.get(path, "was imported before the plugin")
                     problems.append(f"{place} {why} ({', '.join(left)})")
             else:
-                problems.append(f"{place} {self.installed.why_unknown(place)}")
+                problems.append(f"{place} {why_unknown(self.installed.root, place)}")
         return sorted(fixed, key=lambda name: int(name[1:])), problems
 
 

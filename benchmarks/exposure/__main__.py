@@ -43,8 +43,8 @@ from vllm_deepstack.check.modes import (
     Mode,
     graphs,
 )
+from vllm_deepstack.check.processes import EngineError, Job, engine_job, shared_cores, stopping
 from vllm_deepstack.cli import UserError
-from vllm_deepstack.engines import EngineError, Job, engine_job, shared_cores, stopping
 
 from .engine import load
 from .streams import STREAMS

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from vllm_deepstack.check.compare import Run
+from vllm_deepstack.check.processes import STAGE, make_engine, vllm_name
 from vllm_deepstack.check.stepping import RefusedError, chunks, flush, replaying, step_through
-from vllm_deepstack.engines import STAGE, make_engine, vllm_name
 
 from .streams import chunk
 from .traffic import Cell, joining, words

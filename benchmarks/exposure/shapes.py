@@ -20,7 +20,7 @@ import transformers
 
 from benchmarks.speed import page
 from vllm_deepstack import cli
-from vllm_deepstack.engines import vllm_name
+from vllm_deepstack.check.processes import vllm_name
 
 PARALLEL = (1, 2, 4, 8)
 GPUS = {"Ampere": (8, 0), "Ada": (8, 9), "Hopper": (9, 0), "Blackwell": (10, 0), "sm120": (12, 0)}

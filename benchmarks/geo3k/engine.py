@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_deepstack.check.engine import open_image
-from vllm_deepstack.engines import STAGE, make_engine, vllm_name
+from vllm_deepstack.check.processes import STAGE, make_engine, vllm_name
 
 from .answers import Answers, Asked
 

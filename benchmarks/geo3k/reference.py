@@ -13,8 +13,8 @@ import transformers
 from transformers import AutoProcessor
 
 from vllm_deepstack.check.engine import open_image
+from vllm_deepstack.check.processes import STAGE
 from vllm_deepstack.check.reference import load
-from vllm_deepstack.engines import STAGE
 
 from .answers import Answers, Asked
 

@@ -17,8 +17,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from vllm_deepstack.check.processes import Job, engine_job, import_path, stopping
 from vllm_deepstack.cli import UserError
-from vllm_deepstack.engines import Job, engine_job, import_path, stopping
 
 from .answers import Answered, Asked, read
 from .client import serve_run

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vllm_deepstack.engines import make_engine, vllm_name
+from vllm_deepstack.check.processes import make_engine, vllm_name
 
 from .models import IMAGE
 from .workers import serve

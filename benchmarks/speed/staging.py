@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vllm_deepstack.engines import vllm_name
+from vllm_deepstack.check.processes import vllm_name
 
 from .workers import serve
 

@@ -16,8 +16,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from vllm_deepstack.check.processes import Job, import_path, stopping
 from vllm_deepstack.cli import UserError
-from vllm_deepstack.engines import Job, import_path, stopping
 
 PR_SET_PDEATHSIG = 1
 

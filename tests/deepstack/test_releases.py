@@ -19,8 +19,7 @@ from tests import conftest
 from tests.conftest import PR43617
 from vllm_deepstack import releases
 from vllm_deepstack.merged import FOLDER
-from vllm_deepstack.patch.status import public_version
-from vllm_deepstack.patch.tree import Tree
+from vllm_deepstack.patch.tree import Tree, public_version
 
 DEFAULT = str(releases.default().version)
 OTHERS = [str(version) for version in releases.releases() if str(version) != DEFAULT]

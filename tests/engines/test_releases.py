@@ -9,8 +9,8 @@ import subprocess
 import pytest
 
 from tests.conftest import BUILD
+from tests.overlay.defects import DEFECTS
 from vllm_deepstack import releases
-from vllm_deepstack.patch.defects import DEFECTS
 
 pytestmark = [pytest.mark.engine, pytest.mark.optional, pytest.mark.timeout(1800)]
 

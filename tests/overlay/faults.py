@@ -1,8 +1,10 @@
 """Kills `apply` and `revert` before each of their writes, one after the other.
 
-    python -m tests.overlay.faults TREE FOLDER
+    python -m tests.overlay.faults TREE FOLDER EVERY [overlay]
 
-The tree is another user's, if this is root. Prints, for each kill, what was found:
+The tree is another user's, if this is root. With `overlay`, it is in the lower layer of an overlay
+file system, as in a Docker build, where no folder of it can be renamed. Prints, for each kill,
+what was found:
 `{"action", "write", "then", "broken", "merged", "afterwards", "owners"}`.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -101,7 +104,7 @@ def make_fast() -> None:
     """Merging takes a second, and there are a thousand calls: from here on, it is looked up. And a
     kill loses nothing that is not on the disk yet."""
     os.fsync = lambda _: None  # type: ignore[assignment]
-    merge, made = Tree._merged, dict[str, dict[str, bytes]]()
+    merge, made = Tree._after, dict[str, dict[str, bytes]]()
 
     def look_up(self: Tree, upstream: Files) -> dict[str, bytes]:
         key = self.overlay[MIXIN].decode()
@@ -109,7 +112,7 @@ def make_fast() -> None:
             made[key] = merge(self, upstream)
         return made[key]
 
-    Tree._merged = look_up  # type: ignore[method-assign]
+    Tree._after = look_up  # type: ignore[method-assign]
 
 
 def broken(root: Path, states: dict[str, dict[str, bytes]]) -> list[str]:
@@ -133,26 +136,53 @@ def broken(root: Path, states: dict[str, dict[str, bytes]]) -> list[str]:
     return wrong + [f"RECORD has no {path}" for path in code(found).keys() - listed]
 
 
-def faults(tree: Path, folder: Path, every: int) -> Iterator[dict[str, Any]]:
+class Place:
+    """Where a tree is put before each kill: copied there, or as the lower layer of a mount."""
+
+    def __init__(self, folder: Path, layered: bool):
+        self.root, self.layered, self.layers = folder / "tree", layered, folder / "layers"
+
+    def fresh(self, state: Path) -> Path:
+        self.clear()
+        if not self.layered:
+            shutil.copytree(state, self.root)
+            give_as(state, self.root)
+            return self.root
+        for name in (self.layers / "upper", self.layers / "work", self.root):
+            name.mkdir(parents=True)
+        os.chown(self.layers / "upper", state.stat().st_uid, state.stat().st_gid)  # of its root
+        layers = f"upperdir={self.layers}/upper,workdir={self.layers}/work"
+        command = ["mount", "-t", "overlay", "overlay", "-o", f"lowerdir={state},{layers}"]
+        subprocess.run([*command, str(self.root)], check=True)
+        return self.root
+
+    def kept(self, where: Path) -> Path:
+        """A copy of the tree as it is."""
+        shutil.rmtree(where, ignore_errors=True)
+        shutil.copytree(self.root, where)
+        give_as(self.root, where)
+        return where
+
+    def clear(self) -> None:
+        if self.layered and self.root.is_mount():
+            subprocess.run(["umount", str(self.root)], check=True)
+        for left in (self.root, self.layers):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def faults(tree: Path, folder: Path, every: int, layered: bool) -> Iterator[dict[str, Any]]:
     """Killed before every write, or before each so many."""
     newer = overlay_files(OVERLAY)
     older = {path: data + b"\nOLDER = True\n" for path, data in newer.items()}
-    root = folder / "tree"
+    place = Place(folder, layered)
     make_fast()
-    prepared = {"stock": tree}
-
-    def fresh(state: str) -> dict[str, bytes]:
-        shutil.rmtree(root, ignore_errors=True)
-        shutil.copytree(prepared[state], root)
-        if os.geteuid() == 0:
-            give_away(root, OTHER_USER)
-        return content(root)
-
-    states = {"stock": fresh("stock")}
+    stock = Path(shutil.copytree(tree, folder / "stock"))
+    if os.geteuid() == 0:
+        give_away(stock, OTHER_USER)
+    prepared, states, root = {"stock": stock}, {"stock": content(stock)}, place.root
     for name, overlay in {"older": older, "newer": newer}.items():
-        fresh("stock")
-        Tree(root, overlay).apply()
-        states[name], prepared[name] = content(root), root.rename(folder / name)
+        Tree(place.fresh(stock), overlay).apply()
+        states[name], prepared[name] = content(root), place.kept(folder / name)
     changed = {p for p, data in code(states["newer"]).items() if data != states["stock"].get(p)}
     actions: dict[str, tuple[str, Callable[[], Any]]] = {
         "apply": ("stock", lambda: Tree(root, newer).apply()),
@@ -162,18 +192,15 @@ def faults(tree: Path, folder: Path, every: int) -> Iterator[dict[str, Any]]:
     for name, (before, action) in actions.items():
         write = 0
         while True:
-            fresh(before)
+            place.fresh(prepared[before])
             if not kill_before(write, root, action):
                 break
             wrong, found = broken(root, states), content(root)
-            killed = root.rename(folder / "killed")
+            killed = place.kept(folder / "killed")
             merged = sum(found.get(path) == states["newer"][path] for path in changed)
             for then in ("apply", "revert"):
-                shutil.rmtree(root, ignore_errors=True)
-                shutil.copytree(killed, root)
-                give_as(killed, root)
                 try:
-                    getattr(Tree(root, newer), then)()
+                    getattr(Tree(place.fresh(killed), newer), then)()
                 except UserError as error:
                     if then == "apply" or "not applied" not in str(error):
                         raise
@@ -186,10 +213,11 @@ def faults(tree: Path, folder: Path, every: int) -> Iterator[dict[str, Any]]:
                     "afterwards": [key for key, files in states.items() if files == content(root)],
                     "owners": owners(root),
                 }
-            shutil.rmtree(killed)
             write += every
+    place.clear()
 
 
 if __name__ == "__main__":
-    for fault in faults(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])):
+    tree, folder, every, *layered = sys.argv[1:]
+    for fault in faults(Path(tree), Path(folder), int(every), bool(layered)):
         print(json.dumps(fault), flush=True)

@@ -2,13 +2,18 @@
 that fixes by the rules of `defects`.
 
     python -m tests.overlay.files
+    python -m tests.overlay.files --earlier 1=COMMIT 2=COMMIT   # earlier versions' files, too
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import json
+import shutil
+import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from importlib.util import resolve_name
 from pathlib import Path
@@ -19,25 +24,27 @@ from packaging.version import Version
 from vllm_deepstack import cli, package_index, releases
 from vllm_deepstack.cli import UserError
 from vllm_deepstack.merge.merge import merge_all
-from vllm_deepstack.merged import NONE, TABLE, module_of
-from vllm_deepstack.patch.defects import DEFECTS, KINDS, Code, Model
-from vllm_deepstack.patch.tree import OVERLAY, overlay_files
+from vllm_deepstack.merged import NONE, TABLE, module_of, sha256
+from vllm_deepstack.package_index import RUNNERS
+from vllm_deepstack.patch.tree import MIXIN, OVERLAY, overlay_files
 
-BACKEND = "Transformers backend"
+from .defects import DEFECTS, KINDS, Code, Model
+
 LEVELS = dict.fromkeys(
-    ("Qwen3-VL", "Qwen3-VL-MoE", "Qwen3-Omni", "Cohere Compass", BACKEND),
+    ("Qwen3-VL", "Qwen3-VL-MoE", "Qwen3-Omni", "Cohere Compass", "Transformers backend"),
     "deepstack_visual_indexes",
 )
+Found = dict[str, dict[str, dict[str, Any]]]
 
 
-def files(roots: Mapping[Version, Path]) -> dict[str, dict[str, Any]]:
+def files(roots: Mapping[Version, Path]) -> Found:
     """By path and sha256 of the original.
 
     Raises:
         UserError: releases that have the same file need it to be changed differently.
     """
     overlay = overlay_files(OVERLAY)
-    found: dict[str, dict[str, Any]] = {path: {} for path in overlay}
+    found: Found = {path: {} for path in overlay}
     having: dict[tuple[str, str], list[Version]] = {}
     for version, root in roots.items():
         upstream = {p: (root / p).read_bytes() for p in overlay if (root / p).is_file()}
@@ -45,24 +52,20 @@ def files(roots: Mapping[Version, Path]) -> dict[str, dict[str, Any]]:
         merged = {path: data for path, data in made.items() if data != upstream.get(path)}
         for path, text in merged.items():
             compile(text, path, "exec")
-        code = Code(root)
-        before = present(code)
+        judged = Judged(root, merged)
         for path in overlay:
             if path not in upstream and path not in merged:
                 continue
             sha = releases.sha256(upstream[path]) if path in upstream else NONE
             digest = releases.sha256(merged[path]) if path in merged else None
             having.setdefault((path, sha), []).append(version)
-            if sha in found[path]:
-                if found[path][sha]["merged"] != digest:
-                    raise UserError(
-                        f"{path} is the same in vLLM {found[path][sha]['release']} and "
-                        f"{version}, but the overlay changes it differently"
-                    )
-                continue
-            found[path][sha] = {"release": str(version), "merged": digest}
-            if digest:
-                found[path][sha] |= about(path, upstream.get(path, b""), merged, code, before)
+            entry = {"release": str(version), "merged": digest, **judged.about(path)}
+            before = found[path].setdefault(sha, entry)
+            if before["merged"] != digest:
+                raise UserError(
+                    f"{path} is the same in vLLM {before['release']} and {version}, but the "
+                    "overlay changes it differently"
+                )
     for (path, sha), versions in having.items():  # in all of them, or it is none of the file's
         fixes = found[path][sha].get("fixes", {})
         for model, names in [*fixes.items()]:
@@ -73,30 +76,49 @@ def files(roots: Mapping[Version, Path]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def about(
-    path: str,
-    original: bytes,
-    merged: Mapping[str, bytes],
-    code: Code,
-    before: Mapping[str, list[str]],
-) -> dict[str, Any]:
-    """What a merged file fixes and leaves, of the defects that a release has `before`, and what it
-    imports that its original does not."""
-    needs, names = set(), dict[str, set[str]]()
-    for module, name in imports(path, merged[path]) - imports(path, original):
-        other = f"{module.replace('.', '/')}.py"
-        if other in merged:
-            needs.add(other)
-        elif module.startswith("vllm."):
-            names.setdefault(module, set()).add(name)
-    served = {other: merged[other] for other in {path, *closure(needs, merged)}}
-    after = present(Code(code.root, served))
-    fixes = {model: [d for d in of if d not in after[model]] for model, of in before.items()}
-    entry: dict[str, Any] = {"fixes": {model: of for model, of in fixes.items() if of}}
-    if path == KINDS[BACKEND].file and "D16" in after[BACKEND]:
-        entry["left"] = {BACKEND: ["D16"]}
-    entry |= {"needs": sorted(needs), "names": {m: sorted(n) for m, n in sorted(names.items())}}
-    return {key: value for key, value in entry.items() if value}
+class Judged:
+    """A release before and after a merge, by the rules."""
+
+    def __init__(self, root: Path, merged: Mapping[str, bytes]):
+        self.code, self.merged = Code(root), merged
+        self.before = present(self.code)
+        whole = Code(root, merged)
+        self.left: dict[str, dict[str, list[str]]] = {}
+        for model, defects in present(whole).items():
+            # What a class inherits is the matter of the class that others inherit from.
+            kind = KINDS[model]
+            lineage = {path for path, _ in whole.lineage(kind.file, kind.name)} - {MIXIN, kind.file}
+            base = next(iter(sorted(lineage & merged.keys())), kind.file)
+            if defects:
+                self.left.setdefault(base, {})[model] = defects
+
+    def about(self, path: str) -> dict[str, Any]:
+        """What a merged file fixes and leaves, and what it imports that its original does not."""
+        if path not in self.merged:
+            return {}
+        original = self.code.root / path
+        more = imports(path, self.merged[path])
+        if original.is_file():
+            more -= imports(path, original.read_bytes())
+        needs, names = set(), dict[str, set[str]]()
+        for module, name in more:
+            other = f"{module.replace('.', '/')}.py"
+            if other in self.merged:
+                needs.add(other)
+            elif module.startswith("vllm."):
+                names.setdefault(module, set()).add(name)
+        served = {p: self.merged[p] for p in {path, *closure(needs, self.merged)}}
+        after = present(Code(self.code.root, served))
+        fixes = {
+            model: [d for d in of if d not in after[model]] for model, of in self.before.items()
+        }
+        entry: dict[str, Any] = {
+            "fixes": {model: of for model, of in fixes.items() if of},
+            "left": self.left.get(path),
+            "needs": sorted(needs),
+            "names": {module: sorted(of) for module, of in sorted(names.items())},
+        }
+        return {key: value for key, value in entry.items() if value}
 
 
 def closure(paths: set[str], merged: Mapping[str, bytes]) -> set[str]:
@@ -133,20 +155,73 @@ def present(code: Code) -> dict[str, list[str]]:
     }
 
 
-def text(roots: Mapping[Version, Path]) -> str:
-    kinds = {name: [module_of(kind.file), kind.name] for name, kind in KINDS.items()}
+def runners(roots: Mapping[Version, Path]) -> dict[str, dict[str, str]]:
+    """The first release that has it, by path and sha256."""
+    found: dict[str, dict[str, str]] = {path: {} for path in RUNNERS}
+    for version, root in roots.items():
+        for path, of in found.items():
+            of.setdefault(sha256(root / path), str(version))
+    return found
+
+
+def earlier(versions: Mapping[str, str], roots: Mapping[Version, Path]) -> Found:
+    """By path and sha256 of what versions of vllm-deepstack, by their commits, have merged."""
+    found: Found = {}
+    apply = "import sys, pathlib; from tools.overlay.tree import Tree; "
+    apply += "Tree(pathlib.Path(sys.argv[1])).apply()"
+    for number, commit in versions.items():
+        with tempfile.TemporaryDirectory() as folder:
+            clone = Path(folder) / "clone"
+            git = ["git", "-c", "advice.detachedHead=false", "clone", "--quiet"]
+            subprocess.run([*git, str(releases.ROOT), str(clone)], check=True)
+            subprocess.run(["git", "checkout", "--quiet", commit], cwd=clone, check=True)
+            for version, root in roots.items():
+                tree = Path(shutil.copytree(root, Path(folder) / str(version)))
+                command = [sys.executable, "-c", apply, str(tree)]
+                if subprocess.run(command, cwd=clone, capture_output=True).returncode:
+                    continue  # of a release that this version did not know
+                made = {p.relative_to(tree).as_posix(): p for p in tree.glob("vllm/**/*.py")}
+                merged = {
+                    path: file.read_bytes()
+                    for path, file in made.items()
+                    if sha256(file) != sha256(root / path)
+                }
+                judged = Judged(root, merged)
+                for path, data in merged.items():
+                    entry = {"release": str(version), "version": number, **judged.about(path)}
+                    entry.pop("needs", None)
+                    entry.pop("names", None)
+                    found.setdefault(path, {}).setdefault(releases.sha256(data), entry)
+                print(f"vllm-deepstack {number}: vLLM {version}")
+    return found
+
+
+def text(roots: Mapping[Version, Path], earlier: Found) -> str:
+    """What the versions before this have merged is as `earlier` has it."""
     with cli.uncollected():
-        whole = {"kinds": kinds, "levels": LEVELS, "files": files(roots)}
+        whole = {
+            "kinds": {name: [module_of(kind.file), kind.name] for name, kind in KINDS.items()},
+            "levels": LEVELS,
+            "defects": {name: of.title for name, of in DEFECTS.items() if not of.latent},
+            "instead": {name: of.instead for name, of in DEFECTS.items() if of.instead},
+            "runners": runners(roots),
+            "files": files(roots),
+            "earlier": earlier,
+        }
     return json.dumps(whole, indent=1) + "\n"
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--earlier", nargs="+", default=[], metavar="VERSION=COMMIT")
+    given = dict(each.split("=") for each in parser.parse_args().earlier)
     roots = {}
     for version, release in releases.releases().items():
         roots[version] = releases.ROOT / "build" / "sources" / str(version)
         package_index.fetch_sources(release, roots[version])
         print(f"vLLM {version}")
-    TABLE.write_text(text(roots))
+    old = earlier(given, roots) if given else json.loads(TABLE.read_text())["earlier"]
+    TABLE.write_text(text(roots, old))
     return 0
 
 

@@ -11,28 +11,30 @@ from itertools import groupby
 from pathlib import Path
 
 from vllm_deepstack import package_index, releases
-from vllm_deepstack.patch.defects import DEFECTS
-from vllm_deepstack.patch.status import LEFT, Status, status
 from vllm_deepstack.patch.tree import Tree
 
-Statuses = dict[str, tuple[Status, Status]]
+from .defects import DEFECTS, judged, worst
+
+States = dict[str, dict[str, str]]
+"""By model and defect."""
+Judgements = dict[str, tuple[States, States]]
 MARKS = {"present": "✗", "latent": "·"}
 
 
-def statuses(trees: dict[str, Path]) -> Statuses:
+def judgements(trees: dict[str, Path]) -> Judgements:
     """Before and after the overlay, by release; the trees are written to."""
     found = {}
     for version, tree in trees.items():
-        before = status(tree)
+        before = judged(tree)
         Tree(tree).apply()
-        found[version] = before, status(tree)
+        found[version] = before, judged(tree)
     return found
 
 
-def table(found: Statuses) -> str:
+def table(found: Judgements) -> str:
     """Neighbors alike share a row."""
     rows = [
-        (version, [*marks(before.defects), ", ".join(present(after, LEFT)) or "none"])
+        (version, [*marks(worst(before)), ", ".join(present(worst(after))) or "none"])
         for version, (before, after) in found.items()
     ]
     lines = []
@@ -42,16 +44,14 @@ def table(found: Statuses) -> str:
     return markdown("vLLM", lines, "with the fork")
 
 
-def models_table(found: Statuses) -> str:
+def models_table(found: Judgements) -> str:
     """Of every model, what any release has."""
-    worst: dict[str, dict[str, str]] = {}
+    ever: States = {}
     for before, _ in found.values():
-        for model, states in before.models.items():
-            of = worst.setdefault(model, {})
-            for name, state in states.items():
-                if state in MARKS:
-                    of[name] = state
-    return markdown("model", [[model, *marks(states)] for model, states in worst.items()])
+        for model, states in before.items():
+            of = ever.setdefault(model, {})
+            of |= {name: state for name, state in states.items() if state in MARKS}
+    return markdown("model", [[model, *marks(states)] for model, states in ever.items()])
 
 
 def markdown(corner: str, lines: list[list[str]], *last: str) -> str:
@@ -59,8 +59,8 @@ def markdown(corner: str, lines: list[list[str]], *last: str) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in [*head, *lines])
 
 
-def present(found: Status, *also: str) -> list[str]:
-    return [name for name, state in found.defects.items() if state in ("present", *also)]
+def present(states: dict[str, str]) -> list[str]:
+    return [name for name, state in states.items() if state == "present"]
 
 
 def marks(states: dict[str, str]) -> list[str]:
@@ -74,5 +74,5 @@ if __name__ == "__main__":
             kept = releases.ROOT / "build" / "sources" / str(version)
             package_index.fetch_sources(release, kept)
             trees[str(version)] = Path(shutil.copytree(kept, Path(folder) / str(version)))
-        found = statuses(trees)
+        found = judgements(trees)
         print(table(found), models_table(found), sep="\n", end="")

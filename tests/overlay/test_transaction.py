@@ -47,13 +47,30 @@ def sources(installation):
     return root
 
 
+UNSHARED = ("unshare", "--mount")  # a mount ends with the processes that see it
+
+
+def can_layer(folder: Path) -> bool:
+    """Whether an overlay file system can be mounted here."""
+    for name in ("lower", "upper", "work", "mounted"):
+        (folder / name).mkdir()
+    layers = f"lowerdir={folder}/lower,upperdir={folder}/upper,workdir={folder}/work"
+    mount = ["mount", "-t", "overlay", "overlay", "-o", layers, str(folder / "mounted")]
+    return not subprocess.run([*UNSHARED, *mount], capture_output=True).returncode
+
+
 @pytest.mark.thinned
+@pytest.mark.parametrize("layered", [(), ("overlay",)], ids=["copied", "overlayfs"])
 @pytest.mark.parametrize("version", ["0.22.1", "0.32.0"])
-def test_killed_at_every_write(installation, tmp_path, version):
+def test_killed_at_every_write(installation, tmp_path, version, layered):
     """What is there can be imported, and the next call finishes or takes back."""
+    if layered and not can_layer(tmp_path):
+        pytest.skip("no overlay file system can be mounted here: no root, or no such module")
     thin = min(conftest.THIN, 5)  # or the last writes may be between two kills
-    tree = str(installation(version))
-    command = [sys.executable, "-m", "tests.overlay.faults", tree, str(tmp_path), str(thin)]
+    folder, tree = tmp_path / "faults", str(installation(version))
+    folder.mkdir()
+    command = [sys.executable, "-m", "tests.overlay.faults", tree, str(folder), str(thin), *layered]
+    command = [*(UNSHARED if layered else ()), *command]
     done = subprocess.run(command, cwd=releases.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     faults = [json.loads(line) for line in done.stdout.splitlines()]
@@ -65,6 +82,18 @@ def test_killed_at_every_write(installation, tmp_path, version):
         stops = {f["merged"] for f in faults if f["action"] == action}
         count = int(max(stops).split()[-1])
         assert len(stops) > count - (thin > 1) and count > 6  # a deletion is one write
+
+
+@pytest.mark.parametrize("order", [[], ["backwards"]], ids=["in order", "backwards"])
+def test_what_a_kill_leaves_can_be_imported(stock_tree, order):
+    """Each of the first so many files beside the release's others, as well as the release is."""
+    command = [sys.executable, "-m", "tests.overlay.prefixes", str(stock_tree), *order]
+    env = os.environ | {"PYTHONPATH": f"{stock_tree}:{releases.ROOT}"}
+    done = subprocess.run(command, cwd=releases.ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    released, *prefixes = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(prefixes) > 6
+    assert (set(prefixes) == {released}) == (not order)
 
 
 def test_what_is_needed_comes_first():

@@ -110,6 +110,27 @@ def fails(root: Path, *words: str, verb: str = "apply", capsys: pytest.CaptureFi
     assert content(root) == before
 
 
+def test_files_of_no_release(sources, capsys):
+    """Are merged, as of the release that the tree has most files of, and said to be untested."""
+    (sources / "vllm/_version.py").write_text("version: str\n")
+    with (sources / QWEN3_VL).open("a") as file:
+        file.write("# mine\n")
+    before = content(sources)
+    told = (
+        f"warning: {sources / QWEN3_VL}: from no release: merged as of vLLM 0.22.1, and not tested"
+    )
+    assert main(["diff", str(sources)]) == 0
+    assert told in capsys.readouterr().err
+    assert main(["apply", str(sources)]) == 0
+    assert told in capsys.readouterr().err
+    merged = (sources / QWEN3_VL).read_text()
+    assert merged.endswith("# mine\n") and "DeepStackMixin" in merged
+    assert main(["apply", str(sources)]) == 0
+    assert main(["revert", str(sources)]) == 0
+    assert content(sources) == before
+    assert main(["diff", str(sources), "--as", "0.33.0"]) == 1  # does not fit
+
+
 class TestErrors:
     """Each names what is wrong, and leaves the tree as it was."""
 
@@ -117,25 +138,18 @@ class TestErrors:
         fails(tmp_path, str(tmp_path), "no vLLM there", capsys=capsys)
 
     @pytest.mark.parametrize("verb", ["diff", "apply"])
-    def test_unknown_release(self, sources, verb, capsys):
-        (sources / "vllm/_version.py").write_text("__version__ = version = '0.19.1'\n")
+    def test_no_file_of_a_release(self, sources, verb, capsys):
+        for path in releases.known("0.22.1").sources:
+            (sources / path).write_text("x = 1\n")
+        fails(sources, "--as RELEASE", verb=verb, capsys=capsys)
+
+    def test_a_file_that_the_overlay_does_not_fit(self, sources, capsys):
         (sources / QWEN3_VL).write_text("x = 1\n")
-        fails(sources, "unknown release", "0.19.1", "0.22.1", verb=verb, capsys=capsys)
+        fails(sources, "qwen3_vl.py: ", "0.22.1", capsys=capsys)
 
-    def test_no_version(self, sources, capsys):
-        (sources / "vllm/_version.py").write_text("version: str\n")
-        fails(sources, "_version.py", capsys=capsys)
-
-    def test_checkout_of_unknown_files(self, sources, capsys):
-        (sources / "vllm/_version.py").unlink()
-        (sources / QWEN3_VL).write_text("x = 1\n")
-        fails(sources, "unknown release", capsys=capsys)
-
-    @pytest.mark.parametrize("verb", ["diff", "apply"])
-    def test_model_file_that_someone_edited(self, sources, verb, capsys):
-        with (sources / QWEN3_VL).open("a") as file:
-            file.write("# mine\n")
-        fails(sources, QWEN3_VL, "0.22.1", "edited", verb=verb, capsys=capsys)
+    def test_a_release_that_is_not_known(self, sources, capsys):
+        assert main(["apply", str(sources), "--as", "0.19.1"]) == 1
+        assert "unknown vLLM release 0.19.1; known are: 0.20.0" in capsys.readouterr().err
 
     def test_someone_elses_deepstack_module(self, sources, capsys):
         (sources / MODELS / "deepstack.py").write_text("x = 1\n")

@@ -63,47 +63,28 @@ def test_usage_errors(arguments, words, capsys):
     assert words in capsys.readouterr().err
 
 
-NEW_MODEL = """
-import torch
-from torch import nn
-
-
-class NewModel(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("staged", torch.zeros(8, 4))
-
-    def embed_input_ids(self, input_ids, multimodal_embeddings=None):
-        if multimodal_embeddings is not None:
-            self.staged[:4].copy_(multimodal_embeddings)
-        return self.language_model.embed_input_ids(input_ids)
-
-    def forward(self, input_ids, inputs_embeds=None):
-        return self.language_model(inputs_embeds, staged=self.staged)
+WITHOUT_POSIX = """
+import os, sys
+for name in ("fcntl", "grp", "pwd"):
+    sys.modules[name] = None
+del os.geteuid, os.getuid, os.fork
+from vllm_deepstack.__main__ import main
+import vllm_deepstack.plugin
+sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_status_stands_on_the_lint_for_models_without_a_rule(release_sources, capsys):
+@pytest.mark.parametrize("verb, code", [("status", 1), ("lint", 1), ("apply", 1), ("revert", 1)])
+def test_on_windows(release_sources, verb, code):
+    """Without what Windows' Python lacks; Windows itself was not tried. `status`, `lint` and the
+    plugin need none of it; `apply` says that it cannot."""
     root = release_sources("0.33.0")
-    Tree(root).apply()
-    idle = root / "vllm/models/qwen4_exp/nvidia/model.py"  # its checkpoints have no levels
-    idle.parent.mkdir(parents=True)
-    idle.write_text(NEW_MODEL)
-    assert main(["status", str(root)]) == 0
-    file = root / "vllm/model_executor/models/new_model.py"
-    file.write_text(NEW_MODEL)
-    capsys.readouterr()
-    assert main(["status", str(root)]) == 1
-    text = capsys.readouterr().out
-    assert f"lint finds DS002 in {file}:13: NewModel.staged: a replayed graph does not" in text
-    assert text.endswith("affected, in models for which vllm-deepstack has no fix\n")
-    assert main(["status", str(root), "--json"]) == 1
-    found = json.loads(capsys.readouterr().out)
-    jsonschema.validate(found, SCHEMA)
-    assert found["verdict"] == "affected" and len(found["lint"]) == 1
-    file.write_text(NEW_MODEL + "class (")
-    assert main(["status", str(root)]) == 2
-    assert f"cannot tell: {file}: does not parse" in capsys.readouterr().out
+    where = root / "vllm" if verb == "lint" else root
+    command = [sys.executable, "-c", WITHOUT_POSIX, verb, str(where)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+    refused = "error: vLLM's files are not patched on Windows: use the plugin" in done.stderr
+    assert refused == (verb in ("apply", "revert"))
 
 
 def test_a_reader_that_is_gone(release_sources):
@@ -187,7 +168,7 @@ class TestPlugin:
         monkeypatch.delenv("DEEPSTACK_DISABLE")
         told = self.status(site, capsys, 0)
         assert (told["verdict"], told["fix"], told["overlay"]) == ("clean", "plugin", "not applied")
-        assert told["defects"]["D1"] == "fixed by the overlay"
+        assert told["models"]["Qwen3-VL"]["D1"] == "fixed"
         assert f"\nplugin: vllm-deepstack {__version__}: fixes Qwen3-VL, " in told["text"]
 
     @pytest.mark.parametrize(

@@ -27,12 +27,12 @@ from vllm_deepstack.check.junit import junit
 from vllm_deepstack.check.modes import BREAKABLE, DEFAULT
 from vllm_deepstack.check.page import page
 from vllm_deepstack.check.probes import media_in_pieces, media_then_text, picture, tone
+from vllm_deepstack.check.processes import EngineError, Job
 from vllm_deepstack.check.report import TEXT_ALONE, Report, exit_code, report, sentences, show
 from vllm_deepstack.check.run import Result, outcomes, run
 from vllm_deepstack.check.samples import Sample, builtin, load, with_images
 from vllm_deepstack.check.stepping import RefusedError, Served
 from vllm_deepstack.cli import UserError
-from vllm_deepstack.engines import EngineError, Job
 
 SCHEMA = json.loads((ROOT / "docs/schemas/check.json").read_text())
 

@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 from vllm_deepstack.check.compare import Run
 from vllm_deepstack.check.engine import answer
+from vllm_deepstack.check.processes import engine_job, make_engine, stopping
 from vllm_deepstack.check.run import Result
 from vllm_deepstack.check.stepping import (
     Joining,
@@ -29,7 +30,6 @@ from vllm_deepstack.check.stepping import (
     replaying,
     step_through,
 )
-from vllm_deepstack.engines import engine_job, make_engine, stopping
 
 from .streams import Request, Text
 

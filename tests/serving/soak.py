@@ -24,8 +24,8 @@ from hypothesis.errors import Flaky
 from tqdm import tqdm
 
 from vllm_deepstack.check.compare import TOLERANCE, Difference, Run, compare
+from vllm_deepstack.check.processes import EngineError, bound, shared_cores
 from vllm_deepstack.cli import UserError
-from vllm_deepstack.engines import EngineError, bound, shared_cores
 
 from .engine import Engine
 from .streams import LIMITS, MAX_MODEL_LEN, Request, streams

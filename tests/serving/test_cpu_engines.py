@@ -15,7 +15,7 @@ import torch
 
 from tests.tiny_models import HIDDEN
 from vllm_deepstack.check.compare import TOLERANCE, Run, compare
-from vllm_deepstack.engines import EngineError
+from vllm_deepstack.check.processes import EngineError
 from vllm_deepstack.patch.tree import Tree
 
 from .engine import Engine

@@ -11,7 +11,7 @@ import pytest
 
 from tests.fleet import DTYPE, Case, Mode
 from vllm_deepstack.check.compare import TOLERANCE, compare
-from vllm_deepstack.engines import EngineError
+from vllm_deepstack.check.processes import EngineError
 
 from .modes import BREAKABLE, DEFAULT, FULL, V1, cases
 from .soak import DifferenceError

@@ -19,7 +19,7 @@ from packaging.specifiers import SpecifierSet
 from tests import tiny_models
 from tests.conftest import version
 from vllm_deepstack.check.compare import TOLERANCE, compare
-from vllm_deepstack.engines import bound
+from vllm_deepstack.check.processes import bound
 from vllm_deepstack.patch.verbs import installed
 
 from .engine import Engine

@@ -21,7 +21,7 @@ from tests import tiny_models
 from tests.conftest import can_run_experts, version
 from tests.fleet import MODELS as SINCE
 from vllm_deepstack.check.compare import TOLERANCE, Run, compare
-from vllm_deepstack.engines import bound
+from vllm_deepstack.check.processes import bound
 
 from .engine import Engine
 from .soak import DifferenceError, Soak, served_options

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vllm_deepstack.check.compare import Run
-from vllm_deepstack.engines import EngineError
+from vllm_deepstack.check.processes import EngineError
 
 from .soak import DifferenceError, Soak
 from .streams import Audio, Picture, Request, Text

@@ -18,7 +18,7 @@ from tests.conftest import BUILD, version
 from tests.serving.soak import DifferenceError
 from upstream.pulls import pulls
 from vllm_deepstack import package_index, releases
-from vllm_deepstack.engines import import_path
+from vllm_deepstack.check.processes import import_path
 
 DETERMINISM = "v1/determinism/test_batch_invariance_vlm.py"
 # With what is chosen of it, and how many that is. The others' models have to be fetched from a hub;

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from .. import cli
 from ..cli import UserError
-from ..engines import EngineError, Job
 from .modes import DEFAULT, EAGER, MODES, REPLAYS
+from .processes import EngineError, Job
 from .report import Report, exit_code, report, show
 from .run import Result, arm_job, outcomes, reference_job, run, write_spec
 from .samples import Sample, builtin, load

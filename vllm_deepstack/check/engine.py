@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..engines import STAGE, make_engine, vllm_name
 from .compare import Run, compare
 from .levels import with_levels, without_levels
 from .modes import EAGER, EXTENSION, FULL, MODES, PIECEWISE, Mode
@@ -33,6 +32,7 @@ from .probes import (
     media_then_text,
     prefixes,
 )
+from .processes import STAGE, make_engine, vllm_name
 from .report import TEXT_ALONE
 from .samples import Sample, with_images
 from .stepping import (

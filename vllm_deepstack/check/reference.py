@@ -12,8 +12,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
-from ..engines import STAGE
 from .engine import open_image
+from .processes import STAGE
 from .samples import Sample, with_images
 
 

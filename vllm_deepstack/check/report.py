@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..engines import EngineError
 from .compare import compare, tolerance
+from .processes import EngineError
 from .run import Result
 
 Report = dict[str, Any]

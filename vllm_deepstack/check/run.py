@@ -13,9 +13,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from ..engines import EngineError, Job, bound, engine_job, import_path, shared_cores, stopping
 from .compare import Run
 from .modes import EAGER, Mode
+from .processes import EngineError, Job, bound, engine_job, import_path, shared_cores, stopping
 from .samples import Sample
 
 ENGINE = f"{__package__}.engine"

@@ -1,24 +1,26 @@
-"""Am I affected? What a vLLM has of the defects, and of the overlay."""
+"""Am I affected? What a vLLM has of the defects, by its files' contents."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from packaging.version import Version
+from rich.console import Console
+from rich.table import Table
 
-from .. import releases
+from .. import cli, releases
 from ..cli import UserError
+from ..merged import NONE, File, concerning, path_of, sha256, table, why_unknown
 from .compile_cache import warnings
-from .defects import DEFECTS, EVERYWHERE, KINDS, Code, Model, Unreadable, drops_levels
-from .tree import MIXIN, OVERLAY, Tree, overlay_files, transaction, version_of
+from .tree import MIXIN, public_version, transaction, version_of
 
-SCHEMA = 1
+SCHEMA = 2
 """Of `--json`: docs/schemas/status.json. Another number when a field changes its meaning."""
 
 CLEAN, AFFECTED, UNKNOWN = 0, 1, 2
+PRESENT, LEFT, FIXED = "present", "left by the overlay", "fixed"
 # What registers classes, or replaces methods, over those that are judged here.
 COPIES = ("tpu_inference", "vllm_gaudi", "vllm_rbln")
 BESIDE = {
@@ -29,211 +31,179 @@ BESIDE = {
 }
 OWN = "has models of its own, or changes vLLM's: nothing here is about those"
 BESIDE |= {name: f"{name.replace('_', '-')} {OWN}" for name in COPIES}
-INTERNS1_PRO_DROPS = (
-    "InternS1-Pro computes DeepStack levels and drops them, as released: whether the model was "
-    "trained with them is not known here"
-)
 FIXES = {
     "plugin": "the plugin, when vLLM imports its models; the files are as released",
     "patch": "a patch of the files, as `vllm-deepstack apply` makes it",
     "wheel": "a `vllm` wheel that has the fixes",
 }
-LEFT = "left by the overlay"
-# Of one defect, in different models, the first of these is the worst.
-STATES = (
-    "present",
-    LEFT,
-    "latent",
-    "fixed by the overlay",
-    "fixed",
-    "fixed upstream",
-    "not in this release",
-    "not there",
-)
 
 
 @dataclass
 class Status:
     tree: str
     release: str | None
-    overlay: str
+    """What it says of itself. Nothing is judged by it."""
+    overlay: str = "not applied"
     """In the files: `not applied`, `applied`, `another version`, `interrupted`, `unreadable`."""
     fix: str | None = None
     """How the fix gets in: one of `FIXES`; None: not at all."""
     plugin: str | None = None
     """What the plugin says of this vLLM, or why it does not run; None where it is not installed."""
     models: dict[str, dict[str, str]] = field(default_factory=dict)
-    """By model and defect: one of `STATES`. `latent`: there, but no engine reaches it. `left by the
-    overlay`: there, and a warning says what to do instead."""
-    lint: list[str] = field(default_factory=list)
-    """What `vllm-deepstack lint` finds in models that have no rule here."""
+    """By model and defect that its release has: `present`, `fixed`, or `left by the overlay`, of
+    which a warning says what to do instead."""
+    unknown: dict[str, list[str]] = field(default_factory=dict)
+    """By model, why it cannot be told."""
+    hints: list[str] = field(default_factory=list)
+    """What `vllm-deepstack lint` finds in files that are not known. They decide nothing."""
     problem: str | None = None
-    """Why it cannot be told."""
+    """Why nothing can be told."""
     warnings: list[str] = field(default_factory=list)
-    """What the models' code does not show: older compiled graphs, other packages, and what is
+    """What the models' files do not show: older compiled graphs, other packages, and what is
     left as it is."""
-
-    @property
-    def defects(self) -> dict[str, str]:
-        """By defect, the worst of its states in any model."""
-        found: dict[str, str] = {}
-        for name in DEFECTS:
-            states = {of[name] for of in self.models.values() if name in of}
-            if states:
-                found[name] = min(states, key=STATES.index)
-        return found
 
     @property
     def code(self) -> int:
         if self.problem:
             return UNKNOWN
-        # DS003 is latent: there is a row for every token that a step can schedule (D5).
-        found = any(not text.startswith("DS003") for text in self.lint)
-        return AFFECTED if found or "present" in self.defects.values() else CLEAN
+        if any(PRESENT in states.values() for states in self.models.values()):
+            return AFFECTED
+        return UNKNOWN if self.unknown else CLEAN
+
+    def warn(self, text: str) -> None:
+        """Once."""
+        if text not in self.warnings:
+            self.warnings.append(text)
 
     def json(self) -> dict[str, Any]:
         verdict = ("clean", "affected", "unknown")[self.code]
-        of = {"schema": SCHEMA, **asdict(self)}
-        return of | {"defects": self.defects, "verdict": verdict}
+        return {"schema": SCHEMA, **asdict(self), "verdict": verdict}
 
-    def text(self) -> str:
-        lines = [f"vLLM {self.release or 'of unknown version'} in {self.tree}"]
-        for name in self.defects:
-            by_state: dict[str, list[str]] = {}
-            for model, states in self.models.items():
-                if name in states:
-                    by_state.setdefault(states[name], []).append(model)
-            lines.append(f"  {name:<4} {DEFECTS[name].title}")
-            for state in sorted(by_state, key=STATES.index):
-                lines.append(f"         {state}: {', '.join(by_state[state])}")
-        lines.append(f"fixed by: {FIXES[self.fix]}" if self.fix else "fixed by: nothing")
+    def print(self) -> None:
+        """A row for each defect: which models have it as released, and now."""
+        console = Console(width=cli.width(), highlight=False)
+        console.print(f"vLLM {self.release or 'of unknown version'} in {self.tree}", soft_wrap=True)
+        rows = Table(box=None, pad_edge=False)
+        for head in ("", "what is wrong", "as released, in", "now"):
+            rows.add_column(head)
+        for name, title in table().defects.items():
+            of = {model: states[name] for model, states in self.models.items() if name in states}
+            still = [model for model, state in of.items() if state != FIXED]
+            if of:
+                now = "fixed" if not still else "the same" if len(still) == len(of) else None
+                rows.add_row(name, title, ", ".join(of), now or ", ".join(still))
+        if rows.rows:
+            console.print(rows)
+        for line in self.lines():
+            console.print(line, soft_wrap=True)
+
+    def lines(self) -> list[str]:
+        lines = [f"fixed by: {FIXES[self.fix]}" if self.fix else "fixed by: nothing"]
         if self.plugin:
             lines.append(f"plugin: {self.plugin}")
         lines += [f"warning: {text}" for text in self.warnings]
-        lines += [f"lint finds {text}" for text in self.lint]
+        lines += [f"cannot tell of {model}: {'; '.join(w)}" for model, w in self.unknown.items()]
+        lines += [f"a hint, by lint: {text}" for text in self.hints]
         if self.problem:
             lines.append(f"cannot tell: {self.problem}")
-        elif self.code == AFFECTED and "present" not in self.defects.values():
-            lines.append("affected, in models for which vllm-deepstack has no fix")
         elif self.code == AFFECTED:
             lines.append(
                 "affected; to fix it, install vllm-deepstack beside this vLLM, or: vllm-deepstack "
                 f"apply {self.tree}"
             )
-        else:
+        elif self.code == CLEAN:
             lines.append("clean")
-        return "\n".join(lines)
+        return lines
 
 
 def status(
     root: Path,
-    overlay: Path = OVERLAY,
     cache_dir: Path | None = None,
-    served: Mapping[str, bytes] | None = None,
+    served: Mapping[str, File] | None = None,
     since: float | None = None,
+    models: Collection[str] | None = None,
 ) -> Status:
-    """Reads the code; the version only tells fixed from never there. `cache_dir` is where
-    engines are told to keep their compiled graphs, if they are. `served` is what the plugin
-    serves in place of the files, `since` seconds since the epoch."""
-    code = Code(root, served or {})
-    version, problems = public_version(root), []
-    state, problem = overlay_state(root, overlay)
-    found = Status(str(root), str(version) if version else None, state, fix_of(root, state, served))
-    if problem:
-        found.problem = problem
+    """Of all models, or of some. `cache_dir` is where engines are told to keep their compiled
+    graphs, if they are. `served` is what the plugin serves in place of files, by their paths,
+    `since` seconds since the epoch."""
+    version, served = public_version(root), served or {}
+    found = Status(str(root), str(version) if version else None)
+    if not (root / "vllm" / "__init__.py").is_file():
+        found.problem = f"{root}: no vLLM there: it has no vllm/__init__.py"
         return found
+    try:
+        manifest = transaction(root, table().files.keys()).manifest() or {}
+    except UserError as error:
+        found.overlay, found.problem = "unreadable", str(error)
+        return found
+    if manifest.get("status", "applied") != "applied":
+        found.overlay = "interrupted"
+        found.problem = f"{root}: apply or revert was interrupted; call `revert`, or `apply` again"
+        return found
+    merged: dict[str, File] = {}
+    for model, (module, _) in table().kinds.items():
+        if models and model not in models:
+            continue
+        if (root / path_of(module)).is_file():
+            judge(model, root, served, manifest, found, merged)
+    if merged:
+        found.overlay = "another version" if any(f.version for f in merged.values()) else "applied"
+        found.fix = "wheel" if is_fork(root) else "patch"
+    if served:
+        found.fix = "plugin"
     if (root / MIXIN).is_file():
         since = (root / MIXIN).stat().st_ctime
     if since is not None:
-        found.warnings = warnings(since, cache_dir)
+        found.warnings += warnings(since, cache_dir)
     found.warnings += [text for name, text in BESIDE.items() if (root / name).is_dir()]
-    for name, kind in KINDS.items():
-        if not code.has(kind.file) and name != EVERYWHERE:
-            continue
-        try:
-            found.models[name] = states_of(name, Model(code, kind), version, bool(found.fix))
-        except Unreadable as error:
-            problems.append(f"{name}: {error}")
-    try:
-        if drops_levels(code):
-            found.warnings.append(INTERNS1_PRO_DROPS)
-    except Unreadable as error:
-        problems.append(str(error))
-    found.warnings += left_in(found.models, version)
-    found.problem = "; ".join(problems) or None
+    for path, known in table().runners.items() if found.fix else ():
+        if (sha := sha256(root / path)) and sha not in known:
+            text = "is not from a release that vllm-deepstack knows: the fixes are not tested with"
+            found.warnings.append(f"{root / path} {text} this model runner")
     return found
 
 
-def left_in(models: Mapping[str, dict[str, str]], version: Version | None) -> list[str]:
-    """What to do about that which the overlay leaves, and is no part of the verdict."""
-    by_text: dict[str, list[str]] = {}
-    for model, states in models.items():
-        for name, state in states.items():
-            if state == LEFT and version:
-                text = f"{name} is as released here: {DEFECTS[name].left(model, version)}"
-                by_text.setdefault(text, []).append(model)
-    return [f"{', '.join(models)}: {text}" for text, models in by_text.items()]
-
-
-def states_of(name: str, model: Model, version: Version | None, overlaid: bool) -> dict[str, str]:
-    states = {}
-    for defect, about in DEFECTS.items():
-        if name not in about.models:
-            continue
-        present, released = about.models[name]
-        if present(model):
-            left = overlaid and version is not None and about.left(name, version) is not None
-            states[defect] = LEFT if left else "latent" if about.latent else "present"
-        elif version is None:
-            states[defect] = "not there"
-        elif released.contains(version):
-            states[defect] = "fixed by the overlay" if overlaid else "fixed"
-        elif any(released.contains(old) for old in releases.releases() if old < version):
-            states[defect] = "fixed upstream"
-        else:
-            states[defect] = "not in this release"
-    return states
-
-
-def public_version(root: Path) -> Version | None:
-    """Without the local part, which names a build; None where none is to be read."""
-    try:
-        version = version_of(root)
-    except UserError:
-        return None
-    return Version(version.public) if version else None
-
-
-def fix_of(root: Path, overlay: str, served: Mapping[str, bytes] | None) -> str | None:
-    if served:
-        return "plugin"
-    if overlay not in ("applied", "another version"):
-        return None
-    return "wheel" if is_fork(root) else "patch"
+def judge(
+    model: str,
+    root: Path,
+    served: Mapping[str, File],
+    manifest: Mapping[str, Any],
+    found: Status,
+    merged: dict[str, File],
+) -> None:
+    """One that the vLLM has; adds to `merged` what has replaced its files, by their paths."""
+    states: dict[str, str] = {}
+    there, unknown = set[str](), []
+    for path in concerning(model):
+        sha = sha256(root / path)
+        file = table().merged.get(sha) or table().earlier.get(sha)
+        if not file and sha and manifest.get("files", {}).get(path) == sha:
+            release = releases.known(manifest["release"])
+            file = table().files[path][release.sources.get(path, NONE)]
+            found.warn(f"{root / path} was merged from a file that is from no release: not tested")
+        if file:
+            merged[path] = file
+        if file := served.get(path) or file:
+            states |= dict.fromkeys(file.fixes.get(model, ()), FIXED)
+            if file.version:
+                there |= {*file.left.get(model, ())}
+            else:
+                states |= dict.fromkeys(file.left.get(model, ()), LEFT)
+        elif known := table().files[path].get(sha):
+            there |= {*known.fixes.get(model, ()), *known.left.get(model, ())}
+        elif sha:
+            unknown.append(f"{root / path} {why_unknown(root, root / path)}")
+    if unknown:
+        found.unknown[model] = unknown
+        return
+    states |= dict.fromkeys(there, PRESENT)
+    found.models[model] = {name: states[name] for name in table().defects if name in states}
+    for name, state in found.models[model].items():
+        if state == LEFT:
+            found.warn(f"{model}: {name} is as released here: {table().instead[name]}")
 
 
 def is_fork(root: Path) -> bool:
     """Whether a vLLM's version is one of the fork's wheels: 0.22.1+deepstack.2."""
-    try:
-        version = version_of(root)
-    except UserError:
-        return False
-    return bool(version and version.local and version.local.startswith("deepstack"))
-
-
-def overlay_state(root: Path, overlay: Path) -> tuple[str, str | None]:
-    """One of the states of `Status.overlay`, and what is wrong with it."""
-    try:
-        manifest = transaction(root, overlay_files(overlay).keys()).manifest()
-    except UserError as error:
-        return "unreadable", str(error)
-    if manifest and manifest["status"] != "applied":
-        return "interrupted", (
-            f"{root}: apply or revert was interrupted; call `revert`, or `apply` again"
-        )
-    if not (root / MIXIN).is_file():
-        return "not applied", None
-    try:
-        return "another version" if Tree(root, overlay).changes() else "applied", None
-    except UserError:
-        return "another version", None
+    version = version_of(root)
+    return version is not None and (version.local or "").startswith("deepstack")

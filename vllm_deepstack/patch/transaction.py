@@ -1,31 +1,32 @@
 """Files of a tree put in place all or none, whatever stops it: killed, no space, two at once.
 
-What a transaction needs lies in `.vllm-deepstack`, which comes and goes by a rename: the
-originals, and a manifest that says how far it is. Each file is replaced atomically, one after the
+What a transaction needs lies in `.vllm-deepstack`, which comes by a rename: the originals, and a
+manifest that says how far it is. It goes bit by bit, the manifest last: in a Docker build, a folder
+of an earlier layer cannot be renamed. Each file is replaced atomically, one after the
 other: a kill leaves the first few of them, for the next call to finish or take back. So they have
 to come in an order in which the first few work without the others.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .. import STATE
 from ..cli import UserError
-from .writers import refuse_writers
 
 RECORD = re.compile(r"vllm[\w.+-]*\.dist-info/RECORD")
 SHA256 = re.compile(r"[0-9a-f]{64}")
+OVER = "reverted"
+"""The status of what is left of a revert that was killed when all was put back."""
 Files = dict[str, bytes | None]
 """Contents by path in the tree; None for no file."""
 
@@ -37,6 +38,8 @@ def locked(root: Path) -> Iterator[None]:
     Raises:
         UserError: another is at work.
     """
+    import fcntl  # here: `status` reads manifests on Windows, too
+
     handle = os.open(root, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -58,17 +61,15 @@ class Transaction:
 
     def __init__(self, root: Path, digest: Callable[[bytes | None], str | None], known: Set[str]):
         self.root, self.folder, self.digest, self.known = root, root / STATE, digest, known
-        self.released: Mapping[str, str] = {}
-        """The sha256 of the release's own files by path, once the release is known."""
 
     def manifest(self) -> dict | None:
-        """What was noted of a change; None if nothing was.
+        """What was noted of a change; None if nothing was, or if it is over.
 
         Raises:
             UserError: it is not as `begin` and `mark` write it.
         """
         data = self.read(f"{STATE}/manifest.json")
-        if data is None and not os.path.lexists(self.folder):
+        if data is None and not (self.folder.is_dir() and os.listdir(self.folder)):
             return None
         try:
             manifest = json.loads(data or b"")
@@ -78,13 +79,13 @@ class Transaction:
                 f"{self.folder / 'manifest.json'}: not as vllm-deepstack wrote it: {error}; "
                 f"delete {self.folder}, and install vLLM again"
             ) from None
-        return manifest
+        return None if manifest["status"] == OVER else manifest
 
     def check(self, manifest: Any) -> None:
         """Raises ValueError."""
         if not isinstance(manifest, dict):
             raise ValueError("not an object")
-        if manifest.get("status") not in ["applying", "applied", "reverting"]:  # of any type
+        if manifest.get("status") not in ["applying", "applied", "reverting", OVER]:  # of any type
             raise ValueError(f"its status is {manifest.get('status')!r}")
         if not isinstance(manifest.get("release"), str):
             raise ValueError("it names no release")
@@ -100,10 +101,10 @@ class Transaction:
     def original(self, path: str) -> bytes | None:
         return self.read(f"{STATE}/originals/{path}")
 
-    def begin(self, originals: Files, after: Files, **facts: str) -> None:
+    def begin(self, originals: Files, after: Files, **facts: Any) -> None:
         """Notes what is put in place of what."""
-        files = {path: self.digest(data) for path, data in after.items()}
-        manifest = {**facts, "status": "applying", "files": files}
+        digests = [{p: self.digest(data) for p, data in of.items()} for of in (after, originals)]
+        manifest = {**facts, "status": "applying", **dict(zip(("files", "originals"), digests))}
         made = Path(tempfile.mkdtemp(prefix=f"{STATE}.", dir=self.root))
         try:
             save(made / ".gitignore", b"*\n")
@@ -140,11 +141,10 @@ class Transaction:
         assert manifest
         before = {path: self.original(path) for path in manifest["files"]}
         for path, data in before.items():
-            expected = self.released.get(path)
-            if expected and self.digest(data) != expected:
+            if self.digest(data) != manifest.get("originals", {}).get(path, self.digest(data)):
                 raise UserError(
-                    f"{self.folder / 'originals' / path}: missing, or not the release's; delete "
-                    f"{self.folder}, and install vLLM again"
+                    f"{self.folder / 'originals' / path}: missing, or not as it was put aside; "
+                    f"delete {self.folder}, and install vLLM again"
                 )
         left: Files = {}
         for path, after in reversed(manifest["files"].items()):
@@ -201,16 +201,24 @@ class Transaction:
         paths = [*paths, f"{STATE}/manifest.json"]
         self.refuse_links(paths)
         if os.geteuid() == 0:
+            from .writers import refuse_writers
+
             refuse_writers(self.root, paths)
 
     def now(self, path: str) -> str | None:
         return self.digest(self.read(path))
 
     def end(self) -> None:
-        """Removes the folder: at once, and then bit by bit."""
-        gone = Path(tempfile.mkdtemp(prefix=f"{STATE}.", dir=self.root))
-        self.folder.rename(gone / "done")
-        shutil.rmtree(gone)
+        """Removes the folder, and from its manifest's last words on it is not there."""
+        self.mark(OVER)
+        self.clear()
+
+    def clear(self) -> None:
+        last = self.folder / "manifest.json"
+        for left in sorted({*self.folder.iterdir()} - {last}):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        last.unlink(missing_ok=True)
+        self.folder.rmdir()
 
     def recover(self) -> list[str]:
         """After a kill: finishes what was all in place, and takes back the rest.
@@ -221,6 +229,8 @@ class Transaction:
         for left in self.root.glob(f"{STATE}.*"):
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         manifest = self.manifest()
+        if manifest is None and self.folder.is_dir():
+            self.clear()
         if manifest is None or manifest["status"] == "applied":
             return []
         in_place = all(self.now(path) == after for path, after in manifest["files"].items())

@@ -15,7 +15,7 @@ from packaging.version import InvalidVersion, Version
 
 from .. import ROOT, STATE, releases
 from ..cli import UserError, uncollected
-from ..merged import BUILT, NONE, table
+from ..merged import BUILT, NONE, NOTICE, table
 from . import record
 from .transaction import Files, Transaction, locked
 
@@ -56,10 +56,12 @@ class Merged:
 class Tree:
     """A folder that contains `vllm/`: site-packages, an unpacked wheel or sdist, a checkout.
 
-    With `built`, files are replaced by those that the package holds, and not merged with LibCST.
+    Files are known by their contents. Those of a release are replaced by what the package holds,
+    with `built`; others are merged with LibCST, as for `release`: by default, the release whose
+    files the tree has most of.
 
     Raises:
-        UserError: it contains none, or one of a release that is not known.
+        UserError: it contains no vLLM, or no file of a release.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Tree:
         root: Path,
         overlay: Path | Mapping[str, bytes] = OVERLAY,
         built: bool = False,
+        release: str | None = None,
     ):
         self.root, self.built = root, built or (BUILT and overlay == OVERLAY)
         self.overlay = overlay_files(overlay) if isinstance(overlay, Path) else overlay
@@ -75,37 +78,40 @@ class Tree:
         self.transaction = transaction(root, self.overlay.keys())
         if self.transaction.read("vllm/__init__.py") is None:
             raise UserError(f"{root}: no vLLM there: it has no vllm/__init__.py")
-        self.release = self._release()
-        self.transaction.released = self.release.sources
+        self.release = releases.known(release) if release else self._release()
+        self.untested: list[str] = []
+        """The paths of files that are from no release, and merged all the same."""
 
     def _release(self) -> releases.Release:
-        table = releases.releases()
-        version = version_of(self.root)
-        if version and Version(version.public) in table:
-            return table[Version(version.public)]
-        # A checkout that was never built, a nightly, a vendor's build: it is known by its files.
-        for release in table.values():
-            if all(self._hash(path) == digest for path, digest in release.sources.items()):
-                return release
-        raise UserError(
-            f"{self.root}: unknown release: vLLM {version or 'of unknown version'}; the overlay "
-            f"knows {', '.join(map(str, table))}"
-        )
+        known = releases.releases().values()
+        paths = {path for release in known for path in release.sources}
+        hashes = {path: digest(self._read(path)) for path in paths}
+
+        def count(release: releases.Release) -> int:
+            return sum(
+                hashes[path] in (sha, table().files[path][sha].merged)
+                for path, sha in release.sources.items()
+            )
+
+        found = max(reversed(known), key=count)
+        if not count(found):
+            raise UserError(
+                f"{self.root}: none of its model files is from a release of vLLM that is known; "
+                "name the release that it is closest to: --as RELEASE"
+            )
+        return found
 
     def _read(self, path: str) -> bytes | None:
         """A file as upstream has it: what `apply` put aside, else what is there."""
         original = self.transaction.original(path)
         return self.transaction.read(path) if original is None else original
 
-    def _hash(self, path: str) -> str | None:
-        data = self._read(path)
-        return None if data is None else releases.sha256(data)
-
     def plan(self) -> list[Merged]:
         """The overlay's files that this release needs.
 
         Raises:
-            UserError: a file is not the release's, or the overlay does not fit it.
+            UserError: a file is merged already, and what it was is not there, or was edited
+                since; or the overlay does not fit it.
         """
         manifest = self.manifest()
         upstream = {path: self._read(path) for path in self.overlay if path in self.release.sources}
@@ -113,51 +119,49 @@ class Tree:
             if data is None:
                 version = self.release.version
                 raise UserError(f"{self.root / path}: missing, though vLLM {version} has it")
-        after = self._built(upstream) if self.built else self._merged(upstream)
         found = []
-        for path, data in after.items():
+        for path, data in self._after(upstream).items():
             merged = Merged(path, self.transaction.read(path), upstream.get(path), data)
-            if self._foreign(merged) and (
+            if merged.current not in (merged.after, merged.upstream) and (
                 not manifest or digest(merged.current) != manifest["files"].get(path)
             ):
-                raise self._edited(path)
+                raise UserError(
+                    f"{self.root / path}: edited since the overlay was applied; undo that edit, or "
+                    "install vLLM again"
+                )
             found.append(merged)
         return found
 
-    def _built(self, upstream: Files) -> dict[str, bytes]:
-        after = {}
+    def _after(self, upstream: Files) -> dict[str, bytes]:
+        known: dict[str, bytes] = {}
+        self.untested = []
         for path in self.overlay:
             data = upstream.get(path)
             sha = digest(data) or NONE
-            if file := table().files[path].get(sha):
-                after[path] = file.place.read_bytes() if file.merged else data or b""
+            if data is not None and sha in table().merged:
+                known[path] = data
+            elif file := table().files.get(path, {}).get(sha):
+                known[path] = file.place.read_bytes() if self.built and file.merged else data or b""
             elif data is not None:
-                if sha not in table().merged:
-                    raise self._edited(path)
-                after[path] = data
-        return after
-
-    def _merged(self, upstream: Files) -> dict[str, bytes]:
+                if sha in table().earlier or NOTICE in data:
+                    raise UserError(
+                        f"{self.root / path}: merged by another version of vllm-deepstack, and "
+                        "what it was is not there; install vLLM again"
+                    )
+                self.untested.append(path)
+        if self.built and not self.untested:
+            return {p: data for p, data in known.items() if data is not None}
         try:
             from ..merge.merge import merge_all
         except ImportError as error:
-            raise UserError(f"{error}: pip install libcst") from None
+            names = ", ".join(str(self.root / path) for path in self.untested)
+            raise UserError(
+                f"{names}: from no release that vllm-deepstack knows; to merge it all the same, "
+                f"untested: pip install libcst ({error})"
+            ) from None
         with uncollected():
-            return merge_all(self.overlay, upstream, self.release.version)
-
-    def _edited(self, path: str) -> UserError:
-        return UserError(
-            f"{self.root / path}: not as vLLM {self.release.version} was released: edited by "
-            "someone else; reinstall vLLM or undo the edit"
-        )
-
-    def _foreign(self, merged: Merged) -> bool:
-        """Whether a file is neither the release's nor what the overlay makes of it."""
-        if merged.current not in (merged.after, merged.upstream):
-            return True
-        if merged.upstream in (None, merged.after):
-            return False
-        return digest(merged.upstream) != self.release.sources[merged.path]
+            merged = merge_all(self.overlay, upstream, self.release.version)
+        return merged | (known if self.built else {})
 
     def changes(self) -> list[Change]:
         """What the overlay changes in the tree as it is: nothing once it is applied.
@@ -295,14 +299,8 @@ def transaction(root: Path, paths: Set[str]) -> Transaction:
 
 
 def version_of(root: Path) -> Version | None:
-    """What `_version.py` assigns to `__version__`; None in a checkout that was never built.
-
-    Raises:
-        UserError: there is no version in it.
-    """
+    """What `_version.py` assigns to `__version__`; None where there is none."""
     file = root / "vllm" / "_version.py"
-    if not file.is_file():
-        return None
     try:
         for statement in ast.parse(file.read_bytes()).body:
             if not isinstance(statement, ast.Assign):
@@ -310,6 +308,12 @@ def version_of(root: Path) -> Version | None:
             value, names = statement.value, map(ast.unparse, statement.targets)
             if isinstance(value, ast.Constant) and "__version__" in names:
                 return Version(str(value.value))
-    except (InvalidVersion, SyntaxError, ValueError, MemoryError, RecursionError):
+    except (OSError, InvalidVersion, SyntaxError, ValueError, MemoryError, RecursionError):
         pass
-    raise UserError(f"{file}: no version found in it")
+    return None
+
+
+def public_version(root: Path) -> Version | None:
+    """Without the local part, which names a build."""
+    version = version_of(root)
+    return Version(version.public) if version else None

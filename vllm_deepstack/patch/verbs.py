@@ -22,9 +22,9 @@ from packaging.version import Version
 
 from .. import OFF, PLUGIN, __version__, cli, is_off, releases
 from ..cli import UserError
-from ..merged import BUILT, Installed, table
-from .defects import KINDS, MODELS, NO_LEVELS
-from .status import SCHEMA, UNKNOWN, status
+from ..merged import BUILT, File, Installed, concerning, table
+from .models import kind_of
+from .status import CLEAN, SCHEMA, UNKNOWN, status
 from .tree import OVERLAY, Tree, overlay_files
 
 SOURCE = "vllm_deepstack/__init__.py"  # in the distribution
@@ -33,14 +33,15 @@ TREE = (
     "(default: that of the vLLM which this Python imports)"
 )
 STATUS = """\
-Says which of the defects D1 to D21 a vLLM has, read from its code, and how they are fixed:
-by the plugin, by `apply`, by a wheel, or not at all. Imports no vLLM and needs no GPU.
+Says which of the defects D1 to D21 a vLLM has, by the contents of its files, and how they are
+fixed: by the plugin, by `apply`, by a wheel, or not at all. Imports no vLLM and needs no GPU.
 
 exit code: 0 clean, 1 affected, 2 it cannot tell"""
 STATUS_EXAMPLES = """\
 examples:
   vllm-deepstack status
   vllm-deepstack status /opt/venv/lib/python3.12/site-packages
+  vllm-deepstack status --model Qwen/Qwen3-VL-8B-Instruct
   vllm-deepstack status --json | jq .verdict
   vllm-deepstack status --url http://localhost:8000"""
 EXAMPLES = """\
@@ -72,7 +73,11 @@ def add(verbs: Any) -> None:
         help="the compilation_config.cache_dir that you serve with, if you do: says whether "
         "compiled graphs from before the fix are in it",
     )
-    found.add_argument("--overlay", type=Path, default=OVERLAY, help=argparse.SUPPRESS)
+    found.add_argument(
+        "--model",
+        help="of this model alone: an architecture (Qwen3VLForConditionalGeneration), a folder "
+        "with a config.json, or a name on the hub whose config.json is in the cache",
+    )
     for name, about, more, execute in (
         (
             "apply",
@@ -105,47 +110,55 @@ def add(verbs: Any) -> None:
             default=OVERLAY,
             help="the folder whose vllm/ is merged (default: the fork's)",
         )
+        verb.add_argument(
+            "--as",
+            dest="release",
+            metavar="RELEASE",
+            help="merge as for this release of vLLM (default: the one that TREE has most files of)."
+            " Files that are from no release are merged with LibCST, and not tested",
+        )
 
 
 def show_status(args: argparse.Namespace) -> int:
     if args.url:
-        if args.tree or args.cache_dir:
-            args.parser.error("--url is about a server: name no TREE, and no --cache-dir")
+        if args.tree or args.cache_dir or args.model:
+            args.parser.error("--url is about a server: name no TREE, --cache-dir or --model")
         return show_server(args)
     root = args.tree or installed()
+    kinds = [kind] if args.model and (kind := kind_of(args.model, root)) else None
+    if args.model and not kinds:
+        print(f"{args.model}: no DeepStack levels, and none of the classes that have them: clean")
+        return CLEAN
     distribution = plugin(args.tree)
     said, served = plugin_says(root, distribution) if distribution else (None, {})
     since = None
     if distribution and served:
         source = Path(str(distribution.locate_file(SOURCE)))
         since = source.stat().st_ctime if source.is_file() else None
-    found = status(root, args.overlay, args.cache_dir, served, since)
+    found = status(root, args.cache_dir, served, since, kinds)
     found.plugin = said
-    if not found.problem:
-        if sys.stderr.isatty():
-            print("reading the other models' code…", file=sys.stderr)
-        try:
-            found.lint = linted(root, overlay_files(args.overlay).keys())
-        except UserError as error:
-            found.problem = str(error)
-    print(json.dumps(found.json(), indent=1) if args.json else found.text())
+    found.hints = hints(root, found.unknown)
+    if args.json:
+        print(json.dumps(found.json(), indent=1))
+    else:
+        found.print()
     return found.code
 
 
-def linted(root: Path, ours: Iterable[str]) -> list[str]:
-    """What the lint finds in models that `status` has no rule for."""
+def hints(root: Path, models: Iterable[str]) -> list[str]:
+    """What the lint finds in the files of models of which it cannot be told."""
     from ..lint.verb import RULES, lint
 
-    judged = {(root / path).resolve() for path in (*ours, *(kind.file for kind in KINDS.values()))}
-    files = [f for folder in (MODELS, "vllm/models") for f in (root / folder).rglob("*.py")]
-    judged |= {f.resolve() for f in files if f.is_relative_to(root / NO_LEVELS)}
+    paths = {path for model in models for path in concerning(model)}
+    files = [root / path for path in sorted(paths) if (root / path).is_file()]
+    if not files:
+        return []
     with cli.uncollected():
-        found, _ = lint([f for f in files if f.resolve() not in judged], root, list(RULES))
-    return [
-        f"{one.code} in {one.file}:{one.line}: {one.message}"
-        for one in found
-        if one.file.resolve() not in judged  # that a class there inherits
-    ]
+        try:
+            found, _ = lint(files, root, list(RULES))
+        except UserError as error:
+            return [str(error)]
+    return [f"{one.code} in {one.file}:{one.line}: {one.message}" for one in found]
 
 
 def plugin(tree: Path | None) -> Distribution | None:
@@ -164,8 +177,8 @@ def plugin(tree: Path | None) -> Distribution | None:
     return None
 
 
-def plugin_says(root: Path, distribution: Distribution) -> tuple[str, dict[str, bytes]]:
-    """What it does with a vLLM, and the files that it serves."""
+def plugin_says(root: Path, distribution: Distribution) -> tuple[str, dict[str, File]]:
+    """What it does with a vLLM, and the files that it replaces, by their paths."""
     name = f"vllm-deepstack {distribution.version}"
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and PLUGIN not in allowed.split(","):
@@ -176,11 +189,10 @@ def plugin_says(root: Path, distribution: Distribution) -> tuple[str, dict[str, 
         return f"{name} is there; this is {__version__}, and cannot tell what it does", {}
     installed = Installed(root)
     files = [file for path in table().files if (file := installed.replacement(path))]
-    served = {file.path: file.place.read_bytes() for file in files}
     fixed = [model for model in table().kinds if any(model in file.fixes for file in files)]
     texts = [f"fixes {', '.join(fixed)}" if fixed else "has nothing to fix"]
     texts += [f"{root / path} {why}" for path, why in installed.unknown.items()]
-    return f"{name}: {'; '.join(texts)}", served
+    return f"{name}: {'; '.join(texts)}", {file.path: file for file in files}
 
 
 def show_server(args: argparse.Namespace) -> int:
@@ -215,10 +227,14 @@ def opened(args: argparse.Namespace) -> Iterator[tuple[Tree, str]]:
     """The tree, and what to call it. Root works as the owner of another user's tree: whatever they
     put in the way, also while it works, it reads and writes no more than they can."""
     root = args.tree or installed()
+    if not hasattr(os, "geteuid"):
+        raise UserError(
+            "vLLM's files are not patched on Windows: use the plugin, which works there"
+        )
     overlay = overlay_files(args.overlay)  # which that user may not be able to read
     built = BUILT and args.overlay == OVERLAY
     with owner_of(root):
-        tree = Tree(root, overlay, built)
+        tree = Tree(root, overlay, built, args.release)
         yield tree, f"vLLM {tree.release.version} in {tree.root}"
 
 
@@ -248,7 +264,14 @@ def diff(args: argparse.Namespace) -> int:
     with opened(args) as (tree, _):
         for change in tree.changes():
             sys.stdout.writelines(change.diff())
+    warn(tree)
     return 0
+
+
+def warn(tree: Tree) -> None:
+    for path in tree.untested:
+        text = f"from no release: merged as of vLLM {tree.release.version}, and not tested"
+        print(f"warning: {tree.root / path}: {text}", file=sys.stderr)
 
 
 def apply(args: argparse.Namespace) -> int:
@@ -256,6 +279,7 @@ def apply(args: argparse.Namespace) -> int:
         changes = tree.apply()
     for change in changes:
         print(f"{'added' if change.before is None else 'merged'} {change.path}")
+    warn(tree)
     print(f"{name}: the overlay is applied" if changes else f"{name}: nothing to change")
     return 0
 

@@ -1,7 +1,9 @@
 """Which of the defects a tree's code has, read from the code: nothing is imported or run.
 
-A rule judges what the code does, not what it calls things: where state is staged, cleared, bound
-again, read. So it holds for vLLM as released, for the fork, and for a fix of somebody else's.
+The table of known files (requirements/files.json) is made of what these rules find in all releases,
+before and with the fork. A rule judges what the code does, not what it calls things: where state
+is staged, cleared, bound again, read. So it holds for vLLM as released, for the fork, and for a fix
+of somebody else's.
 """
 
 from __future__ import annotations
@@ -14,13 +16,11 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from packaging.specifiers import SpecifierSet
-from packaging.version import Version
 
-from ..lint.classes import own_attribute
+from vllm_deepstack.lint.classes import own_attribute
+from vllm_deepstack.package_index import CONFIG, RUNNERS
 
 MODELS = "vllm/model_executor/models"
-RUNNER = "vllm/v1/worker/gpu_model_runner.py"
-CONFIG = "vllm/config/model.py"
 GET, SET = "_get_deepstack_input_embeds", "_set_deepstack_input_embeds"
 EMBED, FORWARD, INIT = "embed_input_ids", "forward", "__init__"
 
@@ -65,10 +65,6 @@ KINDS = {
         f"{MODELS}/transformers/multimodal.py", "MultiModalMixin", methods=("embed_multimodal",)
     ),
 }
-EVERYWHERE = "Qwen3-VL"  # which every vLLM has: without it, this is none that can be read
-NO_LEVELS = "vllm/models/qwen4_exp"
-"""Code that stages levels, of a model whose released checkpoints have none."""
-INTERNS1_PRO = Kind(f"{MODELS}/interns1_pro.py", "InternS1ProForConditionalGeneration")
 
 
 @dataclass
@@ -185,6 +181,33 @@ class Model:
         returned = [n.value for n in nodes if isinstance(n, ast.Return) and n.value]
         return {self.kind.storage, *filter(None, map(own_attribute, returned))}
 
+    @cached_property
+    def clearing(self) -> set[ast.AST]:
+        """The calls of `zero_` on what is staged, also by another name, and on nothing else."""
+        found: set[ast.AST] = set()
+        for function in [*self.methods.values(), *self.setters.values()]:
+            aliases = set(self.storage)
+            while (
+                more := {
+                    name
+                    for target, value in bindings(function)
+                    if aliases & {*names(value)}
+                    for name in names(target)
+                }
+                - aliases
+                - {"self"}
+            ):
+                aliases |= more
+            for node in ast.walk(function):
+                if method_of(node) == "zero_":
+                    assert isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+                    if aliases & {*names(node.func.value)}:
+                        found.add(node)
+        return found
+
+    def clears(self, node: ast.AST) -> bool:
+        return node in self.clearing
+
     def walk(self, *nodes: ast.AST) -> Iterator[ast.AST]:
         """All that runs there, in methods that are called as well."""
         left, seen = list(nodes), set()
@@ -261,8 +284,17 @@ def method_of(node: ast.AST) -> str | None:
     return None
 
 
-def clears(node: ast.AST) -> bool:
-    return method_of(node) == "zero_"
+def bindings(function: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
+    """What is bound to what, in assignments and loops; not what counts them."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign):
+            yield from ((target, node.value) for target in node.targets)
+        elif isinstance(node, (ast.For, ast.comprehension)):
+            called = getattr(getattr(node.iter, "func", None), "id", None)
+            if called == "enumerate" and isinstance(node.target, ast.Tuple):
+                yield node.target.elts[-1], node.iter
+            elif called != "range":
+                yield node.target, node.iter
 
 
 def gives_none(node: ast.If) -> bool:
@@ -294,7 +326,7 @@ def clears_when_embedding(model: Model) -> bool:
     for statement in model.methods[EMBED].body:
         if has(ast.walk(statement), ast.Return):
             return False
-        if any(clears(node) for node in model.walk(statement)):
+        if any(model.clears(node) for node in model.walk(statement)):
             return True
     return False
 
@@ -321,7 +353,7 @@ def always(model: Model, statements: list[ast.stmt], seen: frozenset[str] = froz
             for node in ast.walk(statement):
                 name = own_attribute(node) or ""
                 called = model.methods.get(name) if name not in seen else None
-                if clears(node) or (called and always(model, called.body, seen | {name})):
+                if model.clears(node) or (called and always(model, called.body, seen | {name})):
                     return True
     return False
 
@@ -410,7 +442,9 @@ def growing_strands(model: Model) -> bool:
 
 
 def leaves_tail(model: Model) -> bool:
-    return not (clears_when_embedding(model) or any(clears(node) for node in model.reached(SET)))
+    return not (
+        clears_when_embedding(model) or any(model.clears(node) for node in model.reached(SET))
+    )
 
 
 def unregistered(model: Model) -> bool:
@@ -496,7 +530,7 @@ def has_prompt_embeds(code: Code) -> bool:
     """`prompt_embeds` come among the media's embeddings, as parts of a prompt."""
     return any(
         isinstance(node, ast.Constant) and node.value == "prompt_embeds"
-        for node in ast.walk(code.parse(RUNNER))
+        for node in ast.walk(code.parse(RUNNERS[0]))
     )
 
 
@@ -614,7 +648,7 @@ def clears_at_once(model: Model) -> bool:
     for statement in model.methods[FORWARD].body:
         if isinstance(statement, ast.If) and zero & {*names(statement.test)}:
             continue
-        if any(clears(node) for node in model.walk(statement)):
+        if any(model.clears(node) for node in model.walk(statement)):
             return True
         for target, value in pairs(statement):
             if (name := own_attribute(target)) and isinstance(value, ast.Constant):
@@ -664,10 +698,8 @@ class Rule:
     present: Callable[[Model], bool]
     released: dict[str, SpecifierSet]
     """By model, the releases that have the defect, as far as they are known."""
-    left: SpecifierSet
-    """The releases in which the overlay leaves it."""
-    instead: str
-    """What to do there."""
+    instead: str = ""
+    """What to do in releases in which the overlay leaves it."""
 
 
 @dataclass(frozen=True)
@@ -685,17 +717,13 @@ class Defect:
             for name, specifier in rule.released.items()
         }
 
-    def left(self, model: str, version: Version) -> str | None:
-        """What to do instead, in a release in which the overlay leaves it in a model."""
-        for rule in self.rules:
-            if model in rule.released and rule.left.contains(version):
-                return rule.instead
-        return None
+    @property
+    def instead(self) -> str:
+        """What to do where the overlay leaves it in some release."""
+        return next((rule.instead for rule in self.rules if rule.instead), "")
 
 
-def rule(
-    present: Callable[[Model], bool], *, left: str = "<0", instead: str = "", **released: str
-) -> Rule:
+def rule(present: Callable[[Model], bool], *, instead: str = "", **released: str) -> Rule:
     """Which releases have it, by groups of models."""
     groups = {
         "vl": ("Qwen3-VL", "Qwen3-VL-MoE"),
@@ -714,7 +742,6 @@ def rule(
             for group, specifier in released.items()
             for name in groups[group]
         },
-        SpecifierSet(left, prereleases=True),
         instead,
     )
 
@@ -785,7 +812,6 @@ DEFECTS = {
             rule(
                 levels_unread,
                 transformers=ALWAYS,
-                left="<0.32",
                 instead="serve DeepStack models without --model-impl transformers",
             ),
         ),
@@ -803,7 +829,6 @@ DEFECTS = {
                 graphs_and_pruning_take_all,
                 vl=ALWAYS,
                 compass=ALWAYS,
-                left="<0.22",
                 instead="leave cudagraph_mm_encoder off where requests may send embeddings",
             ),
         ),
@@ -828,9 +853,30 @@ DEFECTS = {
 }
 
 
-def drops_levels(code: Code) -> bool:
-    """InternS1-Pro inherits Qwen3-VL's class, and makes no buffers for the levels it computes."""
-    if not code.has(INTERNS1_PRO.file):
-        return False
-    model = Model(code, INTERNS1_PRO)
-    return model.kind.storage not in {name for name, _ in model.assigned(INIT)}
+def judged(root: Path) -> dict[str, dict[str, str]]:
+    """By model that a tree has, and defect: `present`, `latent` or `gone`."""
+    code = Code(root)
+    found: dict[str, dict[str, str]] = {}
+    for name, kind in KINDS.items():
+        if code.has(kind.file):
+            model = Model(code, kind)
+            found[name] = {
+                defect: "gone"
+                if not of.models[name][0](model)
+                else "latent"
+                if of.latent
+                else "present"
+                for defect, of in DEFECTS.items()
+                if name in of.models
+            }
+    return found
+
+
+def worst(models: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """By defect, of all models."""
+    order = ("present", "latent", "gone")
+    return {
+        name: min((of[name] for of in models.values() if name in of), key=order.index)
+        for name in DEFECTS
+        if any(name in of for of in models.values())
+    }

@@ -14,7 +14,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from .cli import UserError
+from ..cli import UserError
 
 STAGE = "[stage] "
 """Begins a line of a process's log that says what it is doing."""
@@ -135,7 +135,7 @@ def bound(cores: list[int]) -> dict[str, str]:
 def import_path(tree: Path | None = None) -> dict[str, str]:
     """The environment in which a worker finds the project, and the vLLM in `tree` before others."""
     paths = [tree.resolve()] if tree else []
-    paths.append(Path(__file__).resolve().parents[1])
+    paths.append(Path(__file__).resolve().parents[2])
     before = filter(None, [os.environ.get("PYTHONPATH")])
     return os.environ | {"PYTHONPATH": os.pathsep.join([*map(str, paths), *before])}
 
