@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import importlib
 import os
 import shutil
 import subprocess
@@ -73,18 +72,14 @@ def test_diff_apply_and_revert(release_sources, version, capsys):
     assert content(root) == before
 
 
-@pytest.mark.parametrize("call", ["changes", "apply"])
-def test_each_file_is_merged_once(sources, monkeypatch, call):
-    merged, merge = [], importlib.import_module("vllm_deepstack.merge.merge").merge
-
-    def counted(*files, path, **how):
-        merged.append(path)
-        return merge(*files, path=path, **how)
-
-    monkeypatch.setattr("vllm_deepstack.merge.merge.merge", counted)
-    getattr(Tree(sources), call)()
-    assert QWEN3_VL in merged
-    assert sorted(merged) == sorted(set(merged))
+@pytest.mark.parametrize("version", ["0.22.1", "0.33.0"])
+def test_with_libcst_it_is_the_same(release_sources, monkeypatch, version):
+    root = release_sources(version)
+    at_hand = Tree(root)
+    monkeypatch.setattr(tree, "are_made_of", lambda overlay: False)
+    merged = Tree(root)
+    assert (at_hand.built, merged.built) == (True, False)
+    assert at_hand.changes() == merged.changes()
 
 
 @pytest.mark.parametrize("version", OTHERS)

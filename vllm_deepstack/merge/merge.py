@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -49,15 +48,9 @@ def merge(
         UserError: a definition, anchor or signature does not fit this release.
     """
     merger = _Merger(path, release, overlay)
-    module, left_out = merger.parse_upstream(ours, theirs)
+    module = merger.parse(theirs, "upstream's file")
     merged = merger.module(merger.parse(ours, "the overlay's file"), module)
-    if merged is module:
-        return theirs
-    whole = restored(merged.bytes, left_out)
-    if whole is None:  # a file that ends without a new line
-        module = merger.parse(theirs, "upstream's file")
-        whole = merger.module(merger.parse(ours, "the overlay's file"), module).bytes
-    return whole
+    return theirs if merged is module else merged.bytes
 
 
 def merge_all(
@@ -151,19 +144,6 @@ class _Merger:
             raise self.error(what, f"does not parse: line {error.raw_line}") from None
         except UnicodeDecodeError as error:
             raise self.error(what, f"does not parse: {error}") from None
-
-    def parse_upstream(self, ours: bytes, theirs: bytes) -> tuple[cst.Module, dict[bytes, bytes]]:
-        """Upstream's file without what the overlay does not name, and that: see `shortened`."""
-        module = self.parse(ours, "the overlay's file")
-        provided = {name for names in self.bases_of_the_fork(module).values() for name in names}
-        named: dict[str, Set[str] | None] = {}
-        for statement in module.body:
-            members = None
-            if isinstance(statement, cst.ClassDef):
-                members = provided | {defined_name(s) for s in statements(statement.body)}
-            named[defined_name(statement)] = members
-        short, left_out = shortened(theirs, named)
-        return self.parse(short, "upstream's file"), left_out
 
     def module(self, ours: cst.Module, theirs: cst.Module) -> cst.Module:
         self.provided = self.bases_of_the_fork(ours)
@@ -303,57 +283,6 @@ class _Merger:
                         if isinstance(s, cst.FunctionDef)
                     }
         return found
-
-
-def shortened(
-    theirs: bytes, named: Mapping[str, Set[str] | None]
-) -> tuple[bytes, dict[bytes, bytes]]:
-    """A file in which a line stands for each function and class that is not named, and what it
-    stands for: LibCST takes a second for all that vLLM's files have, and `ast` some hundredths.
-
-    `named` are the definitions that are merged; of a class, the methods, or None for all.
-
-    ```
-    @decorated                          class Other: ...  # left out 1
-    class Other(Base):         ->
-        x = 1                           class Named:
-                                            class method: ...  # left out 5
-    class Named:
-        def method(self):                   y = 2
-            ...
-
-        y = 2
-    ```
-    """
-    try:
-        body: list[ast.stmt] = ast.parse(theirs).body
-    except (SyntaxError, ValueError):
-        return theirs, {}  # LibCST says what is wrong
-    for node in [*body]:
-        if isinstance(node, ast.ClassDef) and (members := named.get(node.name)) is not None:
-            body += [member for member in node.body if getattr(member, "name", "") not in members]
-    lines, left_out = theirs.splitlines(keepends=True), {}
-    for node in body:
-        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name in named:
-            continue
-        begin = min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
-        while node.decorator_list and not lines[begin].lstrip().startswith(b"@"):
-            begin -= 1
-        end = node.end_lineno or node.lineno
-        indent = lines[begin][: node.col_offset]
-        ending = lines[end - 1][len(lines[end - 1].rstrip(b"\r\n")) :]
-        stub = indent + f"class {node.name}: ...  # left out {begin + 1}".encode() + ending
-        left_out[stub] = b"".join(lines[begin:end])
-        lines[begin:end] = [stub, *[b""] * (end - begin - 1)]
-    return b"".join(lines), left_out
-
-
-def restored(short: bytes, left_out: Mapping[bytes, bytes]) -> bytes | None:
-    """None where a line of `shortened` is not there, once, as it was."""
-    lines = short.splitlines(keepends=True)
-    if any(lines.count(stub) != 1 for stub in left_out):
-        return None
-    return b"".join(left_out.get(line, line) for line in lines)
 
 
 @lru_cache

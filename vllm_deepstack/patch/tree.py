@@ -8,6 +8,7 @@ import errno
 from collections.abc import Collection, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from packaging.version import InvalidVersion, Version
 
 from .. import ROOT, STATE, releases
 from ..cli import UserError, uncollected
-from ..merged import BUILT, NONE, NOTICE, table
+from ..merged import BUILT, FOLDER, NONE, NOTICE, table
 from . import record
 from .transaction import Files, Transaction, locked
 
@@ -56,9 +57,9 @@ class Merged:
 class Tree:
     """A folder that contains `vllm/`: site-packages, an unpacked wheel or sdist, a checkout.
 
-    Files are known by their contents. Those of a release are replaced by what the package holds,
-    with `built`; others are merged with LibCST, as for `release`: by default, the release whose
-    files the tree has most of.
+    Files are known by their contents. Those of a release are replaced by merged files that are at
+    hand, if they are made of this overlay; others are merged with LibCST, as for `release`: by
+    default, the release whose files the tree has most of.
 
     Raises:
         UserError: it contains no vLLM, or no file of a release.
@@ -68,11 +69,11 @@ class Tree:
         self,
         root: Path,
         overlay: Path | Mapping[str, bytes] = OVERLAY,
-        built: bool = False,
         release: str | None = None,
     ):
-        self.root, self.built = root, built or (BUILT and overlay == OVERLAY)
+        self.root = root
         self.overlay = overlay_files(overlay) if isinstance(overlay, Path) else overlay
+        self.built = self.overlay == our_overlay() and (BUILT or are_made_of(self.overlay))
         if root.is_file():
             raise UserError(f"{root}: is a file; name a folder that contains vllm/")
         self.transaction = transaction(root, self.overlay.keys())
@@ -259,6 +260,18 @@ class Tree:
             if record.paths(before) & set(self.release.sources):
                 return {own: record.patched(before, files, [*kept, own])}
         return {}
+
+
+@cache
+def our_overlay() -> dict[str, bytes]:
+    return overlay_files(OVERLAY)
+
+
+def are_made_of(overlay: Mapping[str, bytes]) -> bool:
+    """Whether the merged files in a clone are this overlay's."""
+    from ..build import is_built  # which is not in the package as it is installed
+
+    return is_built(FOLDER, overlay)
 
 
 def in_order(paths: Collection[str]) -> list[str]:

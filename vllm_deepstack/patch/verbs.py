@@ -22,10 +22,10 @@ from packaging.version import Version
 
 from .. import OFF, PLUGIN, __version__, cli, is_off, releases
 from ..cli import UserError
-from ..merged import BUILT, File, Installed, concerning, table
+from ..merged import File, Installed, concerning, table
 from .models import kind_of
 from .status import CLEAN, SCHEMA, UNKNOWN, status
-from .tree import OVERLAY, Tree, overlay_files
+from .tree import OVERLAY, Tree, our_overlay, overlay_files
 
 SOURCE = "vllm_deepstack/__init__.py"  # in the distribution
 TREE = (
@@ -232,9 +232,8 @@ def opened(args: argparse.Namespace) -> Iterator[tuple[Tree, str]]:
             "vLLM's files are not patched on Windows: use the plugin, which works there"
         )
     overlay = overlay_files(args.overlay)  # which that user may not be able to read
-    built = BUILT and args.overlay == OVERLAY
     with owner_of(root):
-        tree = Tree(root, overlay, built, args.release)
+        tree = Tree(root, overlay, args.release)
         yield tree, f"vLLM {tree.release.version} in {tree.root}"
 
 
@@ -244,6 +243,7 @@ def owner_of(root: Path) -> Iterator[None]:
     if found is None or os.geteuid() != 0 or found.st_uid == 0:
         yield
         return
+    our_overlay()
     releases.releases()
     table()
     with suppress(ImportError):
