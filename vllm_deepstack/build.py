@@ -8,7 +8,6 @@ folder that has releases: their wheels, or folders that contain vllm/.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import sys
@@ -23,31 +22,8 @@ from rich.progress import track
 from . import ROOT, cli, package_index, releases
 from .cli import UserError
 from .merge.merge import merged_file
-from .merged import NONE, TABLE, File, sha256, table
+from .merged import NONE, TABLE, File, is_built, replaced, stamp
 from .patch.tree import OVERLAY, overlay_files
-
-
-def stamp(overlay: Mapping[str, bytes]) -> str:
-    """Of all that the merged files are made of."""
-    hashed = hashlib.sha256(TABLE.read_bytes())
-    for path, data in overlay.items():
-        hashed.update(path.encode() + hashlib.sha256(data).digest())
-    return hashed.hexdigest()
-
-
-def is_built(folder: Path, overlay: Mapping[str, bytes]) -> bool:
-    """Whether the folder has all merged files of this overlay, each as it was made."""
-    file = folder / "stamp"
-    return (
-        file.is_file()
-        and file.read_text() == stamp(overlay)
-        and all(sha256(f.place_in(folder)) == f.merged for _, f in replaced())
-    )
-
-
-def replaced() -> list[tuple[str, File]]:
-    """With the sha256 of the originals."""
-    return [(sha, f) for of in table().files.values() for sha, f in of.items() if f.merged]
 
 
 def build(folder: Path, overlay: Mapping[str, bytes]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -115,6 +116,29 @@ def concerning(model: str) -> list[str]:
 def sha256(file: Path) -> str:
     """`NONE` for no file."""
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else NONE
+
+
+def stamp(overlay: Mapping[str, bytes]) -> str:
+    """Of all that the merged files are made of."""
+    hashed = hashlib.sha256(TABLE.read_bytes())
+    for path, data in overlay.items():
+        hashed.update(path.encode() + hashlib.sha256(data).digest())
+    return hashed.hexdigest()
+
+
+def is_built(folder: Path, overlay: Mapping[str, bytes]) -> bool:
+    """Whether the folder has all merged files of this overlay, each as it was made."""
+    file = folder / "stamp"
+    return (
+        file.is_file()
+        and file.read_text() == stamp(overlay)
+        and all(sha256(f.place_in(folder)) == f.merged for _, f in replaced())
+    )
+
+
+def replaced() -> list[tuple[str, File]]:
+    """With the sha256 of the originals."""
+    return [(sha, f) for of in table().files.values() for sha, f in of.items() if f.merged]
 
 
 def module_of(path: str) -> str:

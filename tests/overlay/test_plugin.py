@@ -397,7 +397,7 @@ class TestBuild:
         files = {path: {} for path in whole.files}
         for path in (MIXIN, f"{MODELS}/qwen3_vl_moe.py"):
             files[path] = dict([next(iter(whole.files[path].items()))])
-        monkeypatch.setattr(build, "table", lambda: dataclasses.replace(whole, files=files))
+        monkeypatch.setattr(merged, "table", lambda: dataclasses.replace(whole, files=files))
 
     @pytest.mark.parametrize("where", ["a tree", "a folder of trees", "a wheel"])
     def test_from_a_folder(self, few, release_sources, tmp_path, monkeypatch, where):

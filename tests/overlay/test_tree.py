@@ -76,7 +76,7 @@ def test_diff_apply_and_revert(release_sources, version, capsys):
 def test_with_libcst_it_is_the_same(release_sources, monkeypatch, version):
     root = release_sources(version)
     at_hand = Tree(root)
-    monkeypatch.setattr(tree, "are_made_of", lambda overlay: False)
+    monkeypatch.setattr(tree, "is_built", lambda folder, overlay: False)
     merged = Tree(root)
     assert (at_hand.built, merged.built) == (True, False)
     assert at_hand.changes() == merged.changes()

@@ -16,7 +16,7 @@ from packaging.version import InvalidVersion, Version
 
 from .. import ROOT, STATE, releases
 from ..cli import UserError, uncollected
-from ..merged import BUILT, FOLDER, NONE, NOTICE, table
+from ..merged import BUILT, FOLDER, NONE, NOTICE, is_built, table
 from . import record
 from .transaction import Files, Transaction, locked
 
@@ -73,7 +73,7 @@ class Tree:
     ):
         self.root = root
         self.overlay = overlay_files(overlay) if isinstance(overlay, Path) else overlay
-        self.built = self.overlay == our_overlay() and (BUILT or are_made_of(self.overlay))
+        self.built = self.overlay == our_overlay() and (BUILT or is_built(FOLDER, self.overlay))
         if root.is_file():
             raise UserError(f"{root}: is a file; name a folder that contains vllm/")
         self.transaction = transaction(root, self.overlay.keys())
@@ -265,13 +265,6 @@ class Tree:
 @cache
 def our_overlay() -> dict[str, bytes]:
     return overlay_files(OVERLAY)
-
-
-def are_made_of(overlay: Mapping[str, bytes]) -> bool:
-    """Whether the merged files in a clone are this overlay's."""
-    from ..build import is_built  # which is not in the package as it is installed
-
-    return is_built(FOLDER, overlay)
 
 
 def in_order(paths: Collection[str]) -> list[str]:
