@@ -120,7 +120,7 @@ def test_without_vllm(distribution, release_sources, tmp_path, monkeypatch, vers
     assert "no vLLM is installed for this Python" in done.stderr
     done = command(found, "vllm-deepstack", "check", "--model", "m")
     assert done.returncode == 2
-    assert "pip install 'vllm-deepstack[check]', beside vLLM" in done.stderr
+    assert "pip install junitparser matplotlib numpy pillow rich, beside vLLM" in done.stderr
 
     root = release_sources("0.33.0")
     assert command(found, "vllm-deepstack", "status", root).returncode == 1

@@ -113,6 +113,7 @@ def execute(args: argparse.Namespace) -> int:
             from . import junit  # noqa: F401
     except ModuleNotFoundError as error:
         raise UserError(
-            f"check needs {error.name}: pip install 'vllm-deepstack[check]', beside vLLM"
+            f"check needs {error.name}: "
+            "pip install junitparser matplotlib numpy pillow rich, beside vLLM"
         ) from None
     return execute(args, args.options)

@@ -7,10 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from .. import cli, releases
+from .. import releases
 from ..cli import UserError
 from ..merged import NONE, File, concerning, path_of, sha256, table, why_unknown
 from .compile_cache import warnings
@@ -79,23 +76,19 @@ class Status:
         verdict = ("clean", "affected", "unknown")[self.code]
         return {"schema": SCHEMA, **asdict(self), "verdict": verdict}
 
-    def print(self) -> None:
-        """A row for each defect: which models have it as released, and now."""
-        console = Console(width=cli.width(), highlight=False)
-        console.print(f"vLLM {self.release or 'of unknown version'} in {self.tree}", soft_wrap=True)
-        rows = Table(box=None, pad_edge=False)
-        for head in ("", "what is wrong", "as released, in", "now"):
-            rows.add_column(head)
+    def text(self) -> str:
+        """Of each defect, which models have it as released, and now."""
+        lines = [f"vLLM {self.release or 'of unknown version'} in {self.tree}"]
         for name, title in table().defects.items():
             of = {model: states[name] for model, states in self.models.items() if name in states}
             still = [model for model, state in of.items() if state != FIXED]
+            now = "fixed" if not still else "the same" if len(still) == len(of) else ""
             if of:
-                now = "fixed" if not still else "the same" if len(still) == len(of) else None
-                rows.add_row(name, title, ", ".join(of), now or ", ".join(still))
-        if rows.rows:
-            console.print(rows)
-        for line in self.lines():
-            console.print(line, soft_wrap=True)
+                lines.append(f"  {name:<4} {title}")
+                lines.append(f"         {'as released' if self.fix else 'in'}: {', '.join(of)}")
+            if of and self.fix:
+                lines.append(f"         now: {now or ', '.join(still)}")
+        return "\n".join([*lines, *self.lines()])
 
     def lines(self) -> list[str]:
         lines = [f"fixed by: {FIXES[self.fix]}" if self.fix else "fixed by: nothing"]

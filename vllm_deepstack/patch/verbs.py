@@ -138,10 +138,7 @@ def show_status(args: argparse.Namespace) -> int:
     found = status(root, args.cache_dir, served, since, kinds)
     found.plugin = said
     found.hints = hints(root, found.unknown)
-    if args.json:
-        print(json.dumps(found.json(), indent=1))
-    else:
-        found.print()
+    print(json.dumps(found.json(), indent=1) if args.json else found.text())
     return found.code
 
 
