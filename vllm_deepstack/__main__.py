@@ -35,10 +35,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def execute(arguments: list[str] | None) -> int:
-    args, options = parser().parse_known_args(arguments)
-    if options and not args.engine_options:
-        args.parser.error(f"unrecognized arguments: {' '.join(options)}")
-    args.options = options
+    arguments = sys.argv[1:] if arguments is None else arguments
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    args, options = parser().parse_known_args(arguments[:at])
+    line = arguments[at + 1 :]
+    if not args.engine_options and (options or line):
+        args.parser.error(f"unrecognized arguments: {' '.join([*options, *line])}")
+    args.options, args.line = options, line
     return cli.run(lambda: args.execute(args), failed=args.failed)
 
 

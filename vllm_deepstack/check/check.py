@@ -26,11 +26,9 @@ def validate(args: argparse.Namespace, trees: Iterable[Path | None]) -> None:
     Raises:
         UserError: a folder is not there.
     """
-    if (
-        args.model.startswith(("/", "./", "../", "~"))
-        and not Path(args.model).expanduser().is_dir()
-    ):
-        raise UserError(f"--model {args.model}: the folder does not exist")
+    model = args.model or ""
+    if model.startswith(("/", "./", "../", "~")) and not Path(model).expanduser().is_dir():
+        raise UserError(f"--model {model}: the folder does not exist")
     for tree in filter(None, trees):
         if not (tree / "vllm" / "__init__.py").is_file():
             raise UserError(f"--vllm {tree}: no vLLM there: it has no vllm/__init__.py")
@@ -52,8 +50,10 @@ def check(
     else:
         samples = builtin(args.num_samples or 5, folder)
     spec = write_spec(samples, args.samples is None, args.max_tokens, folder, probes=True)
-    common = ["--model", args.model, "--dtype", args.dtype, "--seed", "0"]
-    common += ["--logprobs-mode", "raw_logits", "--max-logprobs", "-1", *options]
+    # The line first: its model has no name before it.
+    common = [*options, *(["--dtype", args.dtype] if args.dtype else [])]
+    common += ["--logprobs-mode", "raw_logits", "--max-logprobs", "-1"]
+    common += [] if given(options, "--seed") else ["--seed", "0"]
     at_once = 2 if args.side_by_side else 1
     if args.side_by_side and not given(options, "--gpu-memory-util"):
         common += ["--gpu-memory-utilization", "0.4"]  # of a CPU's memory, too
@@ -74,7 +74,7 @@ def check(
         jobs[name] = [first, *others]
     every = [job for each in jobs.values() for job in each]
     needed = [first for first, *_ in jobs.values()]
-    found = dict(zip(every, outcomes(every, spec, console, at_once, needed)))
+    found = dict(zip(every, outcomes(every, spec, console, at_once, needed, args.timeout)))
     reports: list[Report] = []
     for of_tree in jobs.values():
         eager, others = found[of_tree[0]], of_tree[1:]
@@ -87,7 +87,7 @@ def check(
         reference = None
         if args.reference:
             reference = transformers(args, samples, eager, folder, console)
-        reports.append(report(args.model, eager, arms, reference, args.tolerance))
+        reports.append(report(eager.meta["model"], eager, arms, reference, args.tolerance))
     return reports
 
 
@@ -105,7 +105,8 @@ def transformers(
             Sample(s.messages, images=s.images[:count]) for s, count in zip(samples, eager.images)
         ]
     spec = write_spec(samples, args.samples is None, args.max_tokens, folder)
-    (found,) = run([reference_job(args.model, eager.meta["dtype"], folder)], spec, console, 1)
+    job = reference_job(eager.meta["model"], eager.meta["dtype"], folder)
+    (found,) = run([job], spec, console, 1)
     return found
 
 

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from . import line
 from .compare import Run, compare
 from .levels import with_levels, without_levels
-from .modes import EAGER, EXTENSION, FULL, MODES, PIECEWISE, Mode
+from .modes import EAGER, EXTENSION, MODES, Mode
 from .probes import (
     IDLE,
     LONGEST,
@@ -32,7 +33,8 @@ from .probes import (
     media_then_text,
     prefixes,
 )
-from .processes import STAGE, make_engine, vllm_name
+from .processes import STAGE, vllm_name
+from .ran import instead, ran
 from .report import TEXT_ALONE
 from .samples import Sample, with_images
 from .stepping import (
@@ -64,14 +66,17 @@ def main(job: str, result: str, names: str, options: list[str]) -> None:
             save(files.pop(replay), {"missing": missing}, {})
     if files:
         options = [*options, *EXTENSION]
+    served = line.read(options)
     print(f"{STAGE}starting the engine", flush=True)
-    llm = make_engine(options)
-    if other := instead(llm, mode):
-        save(file, {"missing": other}, {})
+    llm = line.start(served)
+    found = ran(llm)
+    about = {"ran": found, "model": served.engine["model"], "notes": served.notes}
+    if other := instead(mode, found):
+        save(file, {"missing": other} | about, {})
         return
-    answer(llm, spec, file, eager=mode == EAGER)
+    answer(llm, spec, file, served.chat, about, eager=mode == EAGER)
     if files:
-        answer_in_replay(llm, spec, files)
+        answer_in_replay(llm, spec, files, served.chat, about)
 
 
 def on_gpu() -> bool:
@@ -80,32 +85,26 @@ def on_gpu() -> bool:
     return bool(current_platform.is_cuda_alike())
 
 
-def instead(llm: Any, mode: Mode) -> str:
-    """What vLLM runs, if it is not what was asked for: it changes modes with a warning alone."""
-    config = llm.llm_engine.vllm_config
-    if config.model_config.enforce_eager != (mode == EAGER):
-        return f"vLLM runs with enforce_eager={config.model_config.enforce_eager}"
-    graphs = getattr(config.compilation_config.cudagraph_mode, "name", "")
-    if mode in (PIECEWISE, FULL) and graphs != mode.name.upper():
-        return f"vLLM runs with cudagraph_mode {graphs} instead"
-    return ""
-
-
 def answer(
     llm: Any,
     spec: Path,
     result: Path,
+    chat: dict[str, Any] | None = None,
+    about: dict[str, Any] | None = None,
     eager: bool = False,
     probing: Probing | None = None,
 ) -> tuple[dict[str, Any], Arrays]:
     """Writes what the engine gives for a job: of the samples at once, and then all of it, so that
-    an engine that dies later has not answered in vain. `probing`: has asked text alone."""
+    an engine that dies later has not answered in vain. `chat`: as `line.Line` has it. `about`: the
+    engine. `probing`: has asked text alone."""
+    chat = chat or {}
     job = json.loads(spec.read_text())
     config = llm.llm_engine.vllm_config.model_config
     meta: dict[str, Any] = {
         "vllm": vllm_name(),
         "dtype": str(config.dtype).removeprefix("torch."),
         "gpu": on_gpu(),
+        **(about or {}),
     }
     arrays: Arrays = {}
     if job["probes"] and not probing:
@@ -117,7 +116,7 @@ def answer(
     if job["builtin"]:
         images = limit(config, "image")
         samples = [Sample(s.messages, s.prompt, s.images[:images]) for s in samples]
-    arrays |= answers(llm, samples, job["max_tokens"], open_image)
+    arrays |= answers(llm, samples, job["max_tokens"], open_image, chat)
     save(result, meta, arrays)
     if probing:
         print(f"{STAGE}looking for leaks", flush=True)
@@ -129,12 +128,14 @@ def answer(
                 arrays[f"alone_tokens_{number}"] = served.run.tokens
                 arrays[f"alone_logits_{number}"] = served.run.logits
         if eager:
-            meta["shares"] = shares(probing.alone, samples, arrays)
+            meta["shares"] = shares(probing.alone, samples, arrays, chat)
         save(result, meta, arrays)
     return meta, arrays
 
 
-def answer_in_replay(llm: Any, spec: Path, files: dict[Mode, Path]) -> None:
+def answer_in_replay(
+    llm: Any, spec: Path, files: dict[Mode, Path], chat: dict[str, Any], about: dict[str, Any]
+) -> None:
     """Writes what the engine gives where steps are replayed, for each mode."""
     print(f"{STAGE}recording", flush=True)
     v2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "0"  # whose rows: a CPU has V1 alone
@@ -158,11 +159,12 @@ def answer_in_replay(llm: Any, spec: Path, files: dict[Mode, Path]) -> None:
             save(file, {"missing": reason}, {})
             continue
         with replaying(llm, mode.name):
-            meta, arrays = answer(llm, spec, file, probing=probing)
+            meta, arrays = answer(llm, spec, file, chat, about, probing=probing)
         (counts,) = llm.collective_rpc("replay_counts")
         meta |= {"seconds": time.monotonic() - began, "warnings": recorded["warnings"]}
-        if counts["problems"]:
-            meta = {"missing": "; ".join(counts["problems"])}
+        meta["ran"] |= {"replayed": counts["replayed"]}
+        if counts["problems"] or not counts["replayed"]:
+            meta = {"missing": "; ".join(counts["problems"]) or "no step was replayed"}
         save(file, meta, arrays)
 
 
@@ -184,11 +186,13 @@ def save(result: Path, meta: dict[str, Any], arrays: Arrays) -> None:
     part.replace(result)
 
 
-def answers(llm: Any, samples: list[Sample], max_tokens: int, opened: Any) -> Arrays:
+def answers(
+    llm: Any, samples: list[Sample], max_tokens: int, opened: Any, chat: dict[str, Any]
+) -> Arrays:
     config = llm.llm_engine.vllm_config.model_config
     image_token = image_token_id(config.hf_config)
     arrays: Arrays = {}
-    for i, output in enumerate(generate(llm, samples, max_tokens, opened)):
+    for i, output in enumerate(generate(llm, samples, max_tokens, opened, chat)):
         arrays[f"prompt_{i}"] = np.array(output.prompt_token_ids)
         arrays[f"images_{i}"] = np.array(len(samples[i].images))
         arrays[f"image_tokens_{i}"] = np.array(output.prompt_token_ids.count(image_token))
@@ -197,11 +201,14 @@ def answers(llm: Any, samples: list[Sample], max_tokens: int, opened: Any) -> Ar
     return arrays
 
 
-def generate(llm: Any, samples: list[Sample], max_tokens: int, opened: Any) -> list[Any]:
+def generate(
+    llm: Any, samples: list[Sample], max_tokens: int, opened: Any, chat: dict[str, Any]
+) -> list[Any]:
     """All samples, in flight together; those that are chats go through the chat template."""
     raw = [s.prompt is not None for s in samples]
     tokenizer = llm.get_tokenizer()
-    if not any(s.images for s in samples) and getattr(tokenizer, "chat_template", None) is None:
+    template = chat.get("chat_template") or getattr(tokenizer, "chat_template", None)
+    if not any(s.images for s in samples) and template is None:
         raw = [True] * len(samples)
 
     def part(path: str) -> dict[str, Any]:
@@ -210,7 +217,7 @@ def generate(llm: Any, samples: list[Sample], max_tokens: int, opened: Any) -> l
     chats = [with_images(s, part) for s, is_raw in zip(samples, raw) if not is_raw]
     prompts = [raw_prompt(s, opened) for s, is_raw in zip(samples, raw) if is_raw]
     how = {"sampling_params": sampling(max_tokens), "use_tqdm": False}
-    done = iter(llm.chat(chats, **how) if chats else [])
+    done = iter(llm.chat(chats, **how, **chat) if chats else [])
     done_raw = iter(llm.generate(prompts, **how) if prompts else [])
     return [next(done_raw if is_raw else done) for is_raw in raw]
 
@@ -343,7 +350,9 @@ class Probing:
         return max(len(self.alone.found[probe].prompt) for probe in media)
 
 
-def shares(alone: Alone, samples: list[Sample], arrays: Arrays) -> dict[str, Any]:
+def shares(
+    alone: Alone, samples: list[Sample], arrays: Arrays, chat: dict[str, Any]
+) -> dict[str, Any]:
     """How far the first token's logits move without the media, and without DeepStack's levels;
     None where that cannot be said."""
     llm, modality = alone.llm, alone.prompts.modality
@@ -359,7 +368,7 @@ def shares(alone: Alone, samples: list[Sample], arrays: Arrays) -> dict[str, Any
         moved = []
         if seen:
             chosen = [samples[i] for i in seen]
-            given = answers(llm, chosen, 1, opened)
+            given = answers(llm, chosen, 1, opened, chat)
             for at, i in enumerate(seen):
                 moved.append(apart(given[f"logits_{at}"], arrays[f"logits_{i}"]))
         for probe, served in alone.found.items():

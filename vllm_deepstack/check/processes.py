@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
@@ -45,6 +46,7 @@ class Job:
         self.log = folder / f"{name}.log"
         self.result = folder / f"{name}{suffix}"
         self.process: subprocess.Popen[bytes] | None = None
+        self.ended = False
 
     def start(self, spec: str | Path, pass_fds: tuple[int, ...] = ()) -> None:
         self.result.unlink(missing_ok=True)  # an earlier run's
@@ -65,6 +67,21 @@ class Job:
                 start_new_session=True,
                 pass_fds=pass_fds,
             )
+
+    def stop(self) -> None:
+        """Ends the process, and those that it has started, also if it has ended before them."""
+        if self.process is None or self.ended:
+            return
+        self.ended = True  # the number may be another's later
+        try:
+            if self.process.poll() is None:
+                os.killpg(self.process.pid, signal.SIGTERM)
+                self.process.wait(10)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            pass
+        with suppress(ProcessLookupError):  # its group outlives it as long as it has members
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()  # with what it holds of a GPU
 
     def stage(self) -> str:
         """What it is doing.
@@ -147,13 +164,7 @@ def stopping(jobs: list[Job]) -> Iterator[None]:
         yield
     finally:
         for job in jobs:
-            if job.process and job.process.poll() is None:
-                os.killpg(job.process.pid, 15)
-                try:
-                    job.process.wait(10)
-                except subprocess.TimeoutExpired:
-                    os.killpg(job.process.pid, 9)
-                    job.process.wait()  # with what it holds of a GPU
+            job.stop()
 
 
 def shared_cores(engines: int) -> list[list[int]]:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from .compare import compare, tolerance
 from .processes import EngineError
+from .ran import described
 from .run import Result
 
 Report = dict[str, Any]
@@ -55,6 +56,7 @@ def report(
     ]
     shares = eager.meta.get("shares")
     unknown += unanswered(found, shares, eager.meta.get("gpu"), limit)
+    unknown += eager.meta.get("notes", [])
     return {
         "schema": SCHEMA,
         "model": model,
@@ -78,8 +80,10 @@ def arm(
     """One engine: its samples to eager's, its requests alone to eager's, and what leaked in it."""
     given: dict[str, Any] = {"mode": mode, "verdict": "", "reason": "", "seconds": None}
     given |= {"samples": [], "to_transformers": [], "alone": None, "leaks": None, "warnings": []}
+    given["ran"] = None
     if isinstance(result, EngineError):
         return given | {"verdict": "failed", "reason": printable(str(result))}
+    given["ran"] = result.meta.get("ran")
     if "missing" in result.meta:
         return given | {"verdict": "not run", "reason": result.meta["missing"]}
     if others := other_tokens(mode, eager, result):
@@ -351,6 +355,9 @@ def show(reports: list[Report], console: Console) -> None:
     for one in reports:
         if len(one["arms"]) > 2 or any(requests(each) for each in one["arms"]):
             console.print(by_mode({"": one}))
+        for each in one["arms"]:
+            if each["ran"]:
+                line(f"  {each['mode']}: {described(each['ran'])}")
         for each in one["arms"]:
             said = sentences(each)
             for text in said[:SHOWN]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from .compare import Run
-from .modes import EAGER, Mode
+from .modes import Mode
 from .processes import EngineError, Job, bound, engine_job, import_path, shared_cores, stopping
 from .samples import Sample
 
@@ -78,8 +79,8 @@ def arm_job(
     arguments = [names, *options, *mode.options]
     job = engine_job(name or mode.name, tree, arguments, folder, [], ENGINE)
     job.env |= dict(mode.env)
-    if mode == EAGER:
-        job.env["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # `apply_model`, in several workers
+    # Workers in other processes are sent functions: what they run, and models without levels.
+    job.env["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     return job
 
 
@@ -115,11 +116,16 @@ def run(jobs: list[Job], spec: Path, console: Console, at_once: int) -> list[Res
 
 
 def outcomes(
-    jobs: list[Job], spec: Path, console: Console, at_once: int, needed: Iterable[Job] = ()
+    jobs: list[Job],
+    spec: Path,
+    console: Console,
+    at_once: int,
+    needed: Iterable[Job] = (),
+    seconds: float = math.inf,
 ) -> list[Result | EngineError]:
-    """The same, with the errors of those that failed. Several at a time have cores of their own.
-    With those that are `needed` (default: the first) the others are compared: where one fails, no
-    more are run."""
+    """The same, with the errors of those that failed, or took longer. Several at a time have cores
+    of their own. With those that are `needed` (default: the first) the others are compared: where
+    one fails, no more are run."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -146,7 +152,8 @@ def outcomes(
                     progress.start_task(tasks[job])
             time.sleep(0.2)
             for place, job in list(places.items()):
-                stage, outcome = poll(job)
+                late = time.monotonic() - started[job] > seconds
+                stage, outcome = poll(job, f"took longer than {seconds:.0f} s" if late else "")
                 if stage != stages[job] and not live:
                     text = f"{job.name}: {stage} ({time.monotonic() - began:.0f} s)"
                     console.print(text, highlight=False)
@@ -156,6 +163,7 @@ def outcomes(
                     replayed = sum(each.seconds for each in outcome.replays.values())
                     outcome.seconds = time.monotonic() - started[job] - replayed
                 if outcome is not None:
+                    job.stop()
                     found[job] = outcome
                     del places[place]
             for job in needed:
@@ -164,11 +172,14 @@ def outcomes(
     return [found[job] for job in jobs]
 
 
-def poll(job: Job) -> tuple[str, Result | EngineError | None]:
+def poll(job: Job, ended: str = "") -> tuple[str, Result | EngineError | None]:
     """What a job is doing; and once it has ended, what it gave: of one that failed after it had
-    answered the samples, those, with the error."""
+    answered the samples, those, with the error. `ended`: why it is to end now."""
     try:
         stage = job.stage()
+        if ended and stage != "done":
+            job.stop()
+            raise EngineError(f"{job.name} {ended}, while {stage}\nIts whole log: {job.log}")
     except EngineError as error:
         if not job.result.exists():
             return "failed", error

@@ -28,6 +28,7 @@ def main(arguments: list[str]) -> int:
         name: Path(tree) if tree else None for name, _, tree in (p.partition("=") for p in pairs)
     }
     args, options = parser().parse_known_args(["check", *arguments[at + 1 :]])
+    options = ["--model", args.model, *options]
     validate(args, trees.values())
     Path(out).mkdir(parents=True, exist_ok=True)
     reports = check(args, options, trees, Path(out).resolve(), Console(stderr=True))

@@ -15,14 +15,15 @@ from .modes import FULL, MODES, PIECEWISE, REPLAYS
 CHECK = """\
 Is a model right when it is compiled? Runs it in vLLM engines, each in a process of its own: eager,
 and in each of the modes. Does it compute the same? Does a request get the same after others as
-alone? Do images change its logits? Options that are not listed here go to all engines, under vLLM's
-names.
+alone? Do images change its logits? The engines are those of your own `vllm serve` line, behind
+`--`; or name the model, and add options of `vllm serve`.
 
 exit code: 0 it agrees, 1 it diverges or leaks, 2 the check could not run, or cannot tell"""
 EXAMPLES = """\
 @FILE stands for the arguments in a file, one per line
 
 examples:
+  vllm-deepstack check -- vllm serve Qwen/Qwen3-VL-2B-Instruct --max-model-len 8192 --port 8000
   vllm-deepstack check --model Qwen/Qwen3-VL-2B-Instruct --max-model-len 8192
   vllm-deepstack check --model MODEL --modes default breakable batch-invariant --html check.html
   vllm-deepstack check --model MODEL --samples prompts.jsonl --json report.json"""
@@ -45,9 +46,7 @@ def add(verbs: Any) -> None:
         engine_options=True,
         fromfile_prefix_chars="@",
     )
-    parser.add_argument(
-        "--model", required=True, help="a checkpoint's folder, or its name on the hub"
-    )
+    parser.add_argument("--model", help="a checkpoint's folder, or its name on the hub")
     parser.add_argument("--samples", type=Path, help=f"JSON lines (default: built in); {FORMAT}")
     parser.add_argument(
         "--num-samples", type=cli.positive, help="how many samples (default: all; 5 built-in ones)"
@@ -63,7 +62,7 @@ def add(verbs: Any) -> None:
         f"replay-decode): {', '.join(NAMES)}",
         metavar="MODE",
     )
-    parser.add_argument("--dtype", default="auto", help="as vLLM has it (default: auto)")
+    parser.add_argument("--dtype", help="as vLLM has it (default: auto)")
     parser.add_argument(
         "--tolerance", type=float, help="largest |Δlogit| that is agreement (default: by dtype)"
     )
@@ -89,12 +88,30 @@ def add(verbs: Any) -> None:
     parser.add_argument("--html", type=Path, metavar="FILE", help="a page with plots")
     parser.add_argument("--junit", type=Path, metavar="FILE", help="JUnit XML, for a CI")
     parser.add_argument(
+        "--timeout",
+        type=cli.positive,
+        default=3600,
+        metavar="SECONDS",
+        help="of each engine, its start included (default: 3600)",
+    )
+    parser.add_argument(
         "--logs", type=Path, help="keep the engines' logs and results in this folder"
     )
 
 
 def execute(args: argparse.Namespace) -> int:
     asked = set(args.modes or ())
+    if args.line:
+        if args.line[:2] != ["vllm", "serve"] or args.model or args.options:
+            args.parser.error(
+                "behind `--`, give the whole line: `-- vllm serve MODEL …`; before it, the check's "
+                f"own options alone (not {' '.join([*args.options, *args.line][:1])})"
+            )
+        args.options = args.line[2:]
+    elif args.model:
+        args.options = ["--model", args.model, *args.options]
+    else:
+        args.parser.error("name the model: --model, or `-- vllm serve MODEL …`")
     for option in args.options:
         # vLLM takes `_` for `-`, and the beginning of a name for the name.
         name = option.split("=")[0].replace("_", "-")
