@@ -13,6 +13,10 @@ from numpy.typing import NDArray
 # scale of 3: in float32 compiled and eager differ by some 3e-6, in bfloat16 by 0.02 to
 # 0.05; without DeepStack's features they differ by 1.8 and more.
 TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}
+MASKED = 1e4
+"""A logit that is larger, up or down, is no measure: a token was masked (-inf, `finfo.min`)."""
+TOP = 20
+"""The logits of a step, from the largest, whose scale counts."""
 
 
 @dataclass(frozen=True)
@@ -59,19 +63,24 @@ def compare(ours: Run, theirs: Run) -> Difference:
     compared = min(agreed + 1, steps)
     a, b = (run.logits[:compared].astype(np.float64) for run in (ours, theirs))
     with np.errstate(invalid="ignore"):
-        delta = np.where(a == b, 0.0, np.abs(a - b)).max(axis=1)  # both may mask a token: -inf
+        same = (a == b) | ((a < -MASKED) & (b < -MASKED))  # both mask a token
+        delta = np.where(same, 0.0, np.abs(a - b)).max(axis=1)
     delta = np.where(np.isnan(delta), np.inf, delta)
     decode = float(delta[1:].max()) if compared > 1 else None
     by_step = [float(step) for step in delta]
     return Difference(by_step[0], decode, kl_divergence(a, b), agreed, steps, by_step)
 
 
-def tolerance(dtype: str, runs: Iterable[Run]) -> float:
-    """The dtype's for logits of up to 10; for larger ones as much more as its steps are wider."""
-    finite = (np.abs(run.logits[np.isfinite(run.logits)]) for run in runs)
-    return TOLERANCE.get(dtype, TOLERANCE["bfloat16"]) * max(
-        [1.0, *(float(each.max(initial=0)) / 10 for each in finite)]
-    )
+def tolerance(dtype: str, runs: Iterable[Run], least: float = 10.0) -> float:
+    """The dtype's for logits of up to 10; for larger ones as much more as its steps are wider. The
+    scale is that of the largest logits of each step, from which tokens are chosen. `least`: of
+    embeddings, which may all be small, 0."""
+    scale = least
+    for run in runs:
+        for step in run.logits:
+            known = step[np.isfinite(step) & (np.abs(step) < MASKED)]
+            scale = max(scale, float(np.abs(np.sort(known)[-TOP:]).max(initial=0)))
+    return TOLERANCE.get(dtype, TOLERANCE["bfloat16"]) * scale / 10
 
 
 def kl_divergence(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -35,14 +35,16 @@ from .probes import (
 )
 from .processes import STAGE, vllm_name
 from .ran import instead, ran
-from .report import TEXT_ALONE
+from .report import CHUNKS, SINGLE, WHOLE
 from .samples import Sample, with_images
 from .stepping import (
     RefusedError,
     Served,
     can_chunk,
-    logits,
+    is_pooling,
+    pooling,
     replaying,
+    run_of,
     sampling,
     step_through,
 )
@@ -74,7 +76,7 @@ def main(job: str, result: str, names: str, options: list[str]) -> None:
     if other := instead(mode, found):
         save(file, {"missing": other} | about, {})
         return
-    answer(llm, spec, file, served.chat, about, eager=mode == EAGER)
+    answer(llm, spec, file, served.chat, about, served.adapters, eager=mode == EAGER)
     if files:
         answer_in_replay(llm, spec, files, served.chat, about)
 
@@ -91,12 +93,13 @@ def answer(
     result: Path,
     chat: dict[str, Any] | None = None,
     about: dict[str, Any] | None = None,
+    adapters: Mapping[str, str] | None = None,
     eager: bool = False,
     probing: Probing | None = None,
 ) -> tuple[dict[str, Any], Arrays]:
     """Writes what the engine gives for a job: of the samples at once, and then all of it, so that
     an engine that dies later has not answered in vain. `chat`: as `line.Line` has it. `about`: the
-    engine. `probing`: has asked text alone."""
+    engine. `adapters`: folders by name. `probing`: has asked text alone."""
     chat = chat or {}
     job = json.loads(spec.read_text())
     config = llm.llm_engine.vllm_config.model_config
@@ -104,11 +107,12 @@ def answer(
         "vllm": vllm_name(),
         "dtype": str(config.dtype).removeprefix("torch."),
         "gpu": on_gpu(),
+        "pooling": is_pooling(llm),
         **(about or {}),
     }
     arrays: Arrays = {}
     if job["probes"] and not probing:
-        probing = Probing(llm, flushes=on_gpu() and not eager)
+        probing = Probing(llm, flushes=on_gpu() and not eager, adapters=adapters)
         print(f"{STAGE}asking short requests alone", flush=True)
         probing.before_media()
     print(f"{STAGE}generating", flush=True)
@@ -175,8 +179,9 @@ def apart_in_text(ours: Probing, theirs: Probing) -> float:
         other = theirs.alone.found[probe]
         if served.run and other.run:
             moved.append(compare(served.run, other.run).largest)
-    for one, other in zip(*(each.leaks["streams"][TEXT_ALONE] for each in (ours, theirs))):
-        moved += [abs(a - b) for a, b in zip(*(r["difference"]["by_step"] for r in (one, other)))]
+    for kind, rows in ours.leaks["text"].items():
+        for pair in zip(rows, theirs.leaks["text"][kind]):
+            moved += [abs(a - b) for a, b in zip(*(row["difference"]["by_step"] for row in pair))]
     return max(moved)
 
 
@@ -196,8 +201,8 @@ def answers(
         arrays[f"prompt_{i}"] = np.array(output.prompt_token_ids)
         arrays[f"images_{i}"] = np.array(len(samples[i].images))
         arrays[f"image_tokens_{i}"] = np.array(output.prompt_token_ids.count(image_token))
-        arrays[f"tokens_{i}"] = np.array(output.outputs[0].token_ids)
-        arrays[f"logits_{i}"] = logits(output.outputs[0].logprobs, config.get_vocab_size())
+        run = run_of(output, config.get_vocab_size())
+        arrays[f"tokens_{i}"], arrays[f"logits_{i}"] = run.tokens, run.logits
     return arrays
 
 
@@ -205,6 +210,10 @@ def generate(
     llm: Any, samples: list[Sample], max_tokens: int, opened: Any, chat: dict[str, Any]
 ) -> list[Any]:
     """All samples, in flight together; those that are chats go through the chat template."""
+    if is_pooling(llm):
+        marks = Prompts(llm).placeholders.get("image", "")
+        prompts = [raw_prompt(s, opened, marks * len(s.images)) for s in samples]
+        return llm.encode(prompts, **pooling(llm), use_tqdm=False)
     raw = [s.prompt is not None for s in samples]
     tokenizer = llm.get_tokenizer()
     template = chat.get("chat_template") or getattr(tokenizer, "chat_template", None)
@@ -231,8 +240,8 @@ def open_blank(path: str) -> Image.Image:
     return Image.new("RGB", open_image(path).size, "gray")
 
 
-def raw_prompt(sample: Sample, opened: Any) -> dict[str, Any]:
-    prompt: dict[str, Any] = {"prompt": sample.text()}
+def raw_prompt(sample: Sample, opened: Any, before: str = "") -> dict[str, Any]:
+    prompt: dict[str, Any] = {"prompt": before + sample.text()}
     if sample.images:
         prompt["multi_modal_data"] = {"image": [opened(path) for path in sample.images]}
     return prompt
@@ -251,70 +260,103 @@ class Probing:
     """Streams of short requests, and what each of them gets alone. `replay`: the mode in which an
     engine replays steps of up to `captured` tokens."""
 
-    def __init__(self, llm: Any, flushes: bool, replay: Mode | None = None, captured: int = 0):
+    def __init__(
+        self,
+        llm: Any,
+        flushes: bool,
+        replay: Mode | None = None,
+        captured: int = 0,
+        adapters: Mapping[str, str] | None = None,
+    ):
         self.llm, self.replay, self.prompts = llm, replay, Prompts(llm)
         self.config = llm.llm_engine.vllm_config
         sizes = self.config.compilation_config.cudagraph_capture_sizes
         self.captured = captured or max(sizes or [0])
         in_python = partial(replaying, llm, "run") if replay else nullcontext
-        self.alone = Alone(llm, self.prompts, flushes, in_python)
-        self.leaks: dict[str, Any] = {"streams": {}, "not_run": {}}
-        self.modality = self.prompts.modality
-        self.together = f"{self.modality or 'media'}, then text"
-        self.trickling = f"{self.modality} beside text, a token a step"
+        self.alone = Alone(llm, self.prompts, flushes, in_python, adapters or {})
+        self.leaks: dict[str, Any] = {"text": {}, "streams": {}, "kinds": {}, "not_run": {}}
 
     def before_media(self) -> None:
-        """What text gets alone; and in the same company, in which nobody has a medium."""
-        self._serve(TEXT_ALONE, self._text_alone)
+        """What text gets alone; and in company in which nobody has a medium, for each kind of
+        steps: whole prompts, chunks of them, and one token of a prompt a step."""
+        cached = [p for p in self._prefixes() if not self._too_long(p)]
+        stream, single = media_then_text(), media_in_pieces(12)
+        self.alone.ask(p for p in [*stream, *single, *cached] if p.medium is None)
+        kinds = {WHOLE: (stream, 0)}
+        if can_chunk(self.llm):
+            kinds |= {CHUNKS: (stream, max(4, min(self.captured // 5, 16))), SINGLE: (single, 1)}
+        for kind, (probes, tokens) in kinds.items():
+            text = [replace(p, medium=None, words=p.words + 20) for p in probes]
+            self.leaks["text"][kind] = self.alone.in_stream(text, tokens)
 
     def after_media(self) -> None:
-        if not self.modality:
-            reason = "the model takes no images or audio"
-        elif not self.prompts.placeholder:
-            reason = f"what stands for {self.modality} in a prompt is not known"
-        else:
-            self._serve(self.together, self._media_then_text)
-            self._serve(self.trickling, self._media_in_pieces)
-            if self.config.cache_config.enable_prefix_caching:
-                self._serve("the same text again, from the prefix cache", self._from_the_cache)
-            if self.replay:
-                self._serve("features staged in each row, then text", self._poisoned)
+        """Streams in which requests have media: of each kind that the limits allow."""
+        not_run, marks = self.leaks["not_run"], self.prompts.placeholders
+        if not marks:
+            not_run["media, then text"] = "the model takes no images, videos or audio"
+        for modality in marks:
+            together = f"{modality}, then text"
+            if not marks[modality]:
+                not_run[together] = f"what stands for {modality} in a prompt is not known"
+                continue
+            self._serve(together, partial(self._media_then_text, together, modality))
+            trickling = f"{modality} beside text, a token a step"
+            self._serve(trickling, partial(self._media_in_pieces, modality), SINGLE)
+        known = [modality for modality in marks if marks[modality]]
+        if known and self.config.cache_config.enable_prefix_caching:
+            name = "the same text again, from the prefix cache"
+            self._serve(name, partial(self._from_the_cache, known[0]))
+        if known and self.replay:
+            self._serve("features staged in each row, then text", partial(self._poisoned, known[0]))
+        if self.replay or is_pooling(self.llm):
             return
-        self.leaks["not_run"][self.together] = reason
+        self._serve("with a grammar beside without", self._with_grammars)
+        if self.alone.adapters:
+            self._serve("with an adapter beside without", self._with_adapters)
 
-    def _serve(self, name: str, stream: Callable[[], Rows | str]) -> None:
-        """Keeps a stream's requests, or why it was not run."""
+    def _with_grammars(self) -> Rows:
+        stream = media_then_text()
+        return self.alone.in_stream(
+            [replace(p, medium=None, grammar=n % 2 == 1) for n, p in enumerate(stream)], 0
+        )
+
+    def _with_adapters(self) -> Rows:
+        names, modality = ["", *self.alone.adapters], next(iter(self.prompts.placeholders), "")
+        stream = media_then_text(modality=modality)
+        if not self.prompts.placeholders.get(modality):
+            stream = [replace(p, medium=None) for p in stream]
+        return self.alone.in_stream(
+            [replace(p, adapter=names[n % len(names)]) for n, p in enumerate(stream)], 0
+        )
+
+    def _serve(self, name: str, stream: Callable[[], Rows | str], kind: str = WHOLE) -> None:
+        """Keeps a stream's requests, or why it was not run; and which kind of steps it has."""
+        self.leaks["kinds"][name] = kind
         try:
             found = stream()
         except RefusedError as error:
             found = f"refused: {error}"
         self.leaks["not_run" if isinstance(found, str) else "streams"][name] = found
 
-    def _text_alone(self) -> Rows:
-        stream = media_then_text()
-        cached = [p for p in self._prefixes() if not self._too_long(p)]
-        self.alone.ask(p for p in [*stream, *media_in_pieces(1), *cached] if p.medium is None)
-        without = [replace(p, medium=None, words=p.words + 20) for p in stream]
-        return self.alone.in_stream(without, 0)
-
-    def _media_then_text(self) -> Rows:
-        stream = media_then_text()
+    def _media_then_text(self, name: str, modality: str) -> Rows:
+        stream = media_then_text(modality=modality)
         longest = self._longest(stream)
         captured = self.captured
         if 0 < captured < longest:
-            self.leaks["not_run"][f"graphs replayed with a whole {self.modality}"] = (
+            self.leaks["not_run"][f"graphs replayed with a whole {modality}"] = (
                 f"it takes {longest} tokens, and graphs are captured for {captured}"
             )
         fits = captured // 5 if can_chunk(self.llm) and captured < 5 * longest else 0
+        self.leaks["kinds"][name] = CHUNKS if fits else WHOLE
         return self.alone.in_stream(stream, fits)
 
-    def _media_in_pieces(self) -> Rows | str:
+    def _media_in_pieces(self, modality: str) -> Rows | str:
         if not can_chunk(self.llm):
             return "needs chunked prefill that may cut media, and VLLM_ENABLE_V1_MULTIPROCESSING=0"
-        longest = self._longest(media_in_pieces(1))
+        longest = self._longest(media_in_pieces(1, modality=modality))
         if longest > LONGEST:
             return f"a prompt takes {longest} tokens"
-        return self.alone.in_stream(media_in_pieces(longest), 1)
+        return self.alone.in_stream(media_in_pieces(longest, modality=modality), 1)
 
     def _prefixes(self) -> tuple[Probe, Probe]:
         return prefixes(self.config.cache_config.block_size)
@@ -322,23 +364,23 @@ class Probing:
     def _too_long(self, probe: Probe) -> bool:
         return probe.words + probe.max_tokens > self.config.model_config.max_model_len
 
-    def _from_the_cache(self) -> Rows | str:
+    def _from_the_cache(self, modality: str) -> Rows | str:
         """A text after a medium; later, where nothing is staged, one that begins as it does: what
         the first had wrong is in the prefix cache."""
         first, again = self._prefixes()
         if self._too_long(again):
             return f"a block of the cache is {self.config.cache_config.block_size} tokens"
         fits = self.captured if can_chunk(self.llm) and 0 < self.captured < first.words else 0
-        rows = self.alone.in_stream([media_then_text()[0], first], fits)
+        rows = self.alone.in_stream([media_then_text(1, modality)[0], first], fits)
         self.alone.flush()
         with self.alone.in_python():
             (row,) = self.alone.in_stream([again], 0, cached=True)
         later = rows[-1]["ended"] + 2
         return [*rows, row | {"joined": row["joined"] + later, "ended": row["ended"] + later}]
 
-    def _poisoned(self) -> Rows:
+    def _poisoned(self, modality: str) -> Rows:
         assert self.replay
-        stream = media_then_text(2)
+        stream = media_then_text(2, modality)
         text = [replace(p, joins_after=IDLE) for p in stream if p.medium is None]
         with replaying(self.llm, self.replay.name, "poison"):
             return self.alone.in_stream([stream[0], *text], 0)
@@ -355,7 +397,7 @@ def shares(
 ) -> dict[str, Any]:
     """How far the first token's logits move without the media, and without DeepStack's levels;
     None where that cannot be said."""
-    llm, modality = alone.llm, alone.prompts.modality
+    llm, modality = alone.llm, next(iter(alone.prompts.placeholders), "")
     seen = [i for i, sample in enumerate(samples) if sample.images]
     found: dict[str, Any] = {"modality": modality, "blank": None, "levels": None}
     found["configured"] = configured(llm.llm_engine.vllm_config.model_config.hf_config)
@@ -373,7 +415,8 @@ def shares(
                 moved.append(apart(given[f"logits_{at}"], arrays[f"logits_{i}"]))
         for probe, served in alone.found.items():
             if probe.medium is not None and not seen:
-                (other,) = step_through(llm, [joining(replace(probe, max_tokens=1), prompts)])
+                one = joining(replace(probe, max_tokens=1), prompts, alone.adapters)
+                (other,) = step_through(llm, [one])
                 if isinstance(other, Served) and other.run and served.run:
                     moved.append(apart(other.run.logits, served.run.logits))
         return max(moved, default=None)

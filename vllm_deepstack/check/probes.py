@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -40,41 +40,47 @@ class Probe:
     max_tokens: int = 1
     joins_after: int = field(default=IDLE, compare=False)
     judged: bool = True
+    modality: str = ""
+    """Of the medium."""
+    adapter: str = ""
+    grammar: bool = False
 
 
 class Prompts:
-    """What an engine is sent for probes: text, and an image or audio if the model takes any."""
+    """What an engine is sent for probes: text, and the media that the model takes."""
 
     def __init__(self, llm: Any, blank: bool = False):
         self.blank = blank
         self.tokenizer = llm.get_tokenizer()
         self.words = self.tokenizer.encode(PROSE, add_special_tokens=False)
-        self.modality, self.placeholder = placeholder(llm.llm_engine.vllm_config.model_config)
+        self.placeholders = placeholders(llm.llm_engine.vllm_config.model_config)
+        """By modality, what stands for it in a prompt; empty where that is not known."""
 
     def __call__(self, probe: Probe) -> dict[str, Any]:
         start = 7 * probe.seed
         tokens = [self.words[(start + i) % len(self.words)] for i in range(probe.words)]
         if probe.medium is None:
             return {"prompt_token_ids": tokens}
-        content = MEDIA[self.modality](probe.medium, self.blank)
-        prompt = f"{self.tokenizer.decode(tokens)}{self.placeholder}{self.tokenizer.decode(tokens)}"
-        return {"prompt": prompt, "multi_modal_data": {self.modality: content}}
+        content = MEDIA[probe.modality](probe.medium, self.blank)
+        words, mark = self.tokenizer.decode(tokens), self.placeholders[probe.modality]
+        return {"prompt": words + mark + words, "multi_modal_data": {probe.modality: content}}
 
 
-def placeholder(config: Any) -> tuple[str, str]:
-    """A modality that probes can have, and what stands for it in a prompt, if the model says so."""
+def placeholders(config: Any) -> dict[str, str]:
+    """The modalities that probes can have, and what the model says stands for each in a prompt."""
+    found: dict[str, str] = {}
     if not config.is_multimodal_model:
-        return "", ""
+        return found
     from vllm.model_executor.model_loader.utils import get_model_cls
 
     cls: Any = get_model_cls(config)
     for modality in MEDIA:
         if limit(config, modality):
             try:
-                return modality, cls.get_placeholder_str(modality, 1) or ""
+                found[modality] = cls.get_placeholder_str(modality, 1) or ""
             except (AttributeError, ValueError):
-                return modality, ""
-    return "", ""
+                found[modality] = ""
+    return found
 
 
 def limit(config: Any, modality: str) -> int:
@@ -93,6 +99,13 @@ def picture(seed: int, blank: bool) -> Image.Image:
     return Image.new("RGB", image.size, "gray") if blank else image
 
 
+def film(seed: int, blank: bool) -> tuple[np.ndarray, dict[str, Any]]:
+    """Four frames, two a second."""
+    frames = np.stack([np.asarray(picture(2 * seed + 10 * i, blank)) for i in range(4)])
+    about = {"fps": 2.0, "total_num_frames": 4, "duration": 2.0, "frames_indices": [0, 1, 2, 3]}
+    return frames, about | {"video_backend": "opencv", "do_sample_frames": False}
+
+
 def tone(seed: int, blank: bool) -> tuple[np.ndarray, int]:
     """In noise: of noise alone, encoders make much the same."""
     random = np.random.default_rng(seed)
@@ -101,10 +114,10 @@ def tone(seed: int, blank: bool) -> tuple[np.ndarray, int]:
     return (wave + random.normal(0, 0.01, len(seconds))).astype(np.float32), SAMPLE_RATE
 
 
-MEDIA: dict[str, Callable[[int, bool], Any]] = {"image": picture, "audio": tone}
+MEDIA: dict[str, Callable[[int, bool], Any]] = {"image": picture, "video": film, "audio": tone}
 
 
-def media_then_text(groups: int = 8) -> list[Probe]:
+def media_then_text(groups: int = 8, modality: str = "") -> list[Probe]:
     """One to four short prompts with a medium, and then one to four of text, while the others
     decode or after them. All fit into captured sizes. Some come again, to the prefix cache. Answers
     are of different lengths: in lock-step, nothing leaks."""
@@ -125,16 +138,16 @@ def media_then_text(groups: int = 8) -> list[Probe]:
         waits = OVERLAPPING if number % 3 == 2 else IDLE
         stream += [replace(media[0], joins_after=IDLE), *media[1:]]
         stream += [replace(text[0], joins_after=waits), *text[1:]]
-    return stream
+    return [p if p.medium is None else replace(p, modality=modality) for p in stream]
 
 
-def media_in_pieces(tokens: int, events: int = 4) -> list[Probe]:
+def media_in_pieces(tokens: int, events: int = 4, modality: str = "") -> list[Probe]:
     """For steps that have one token of a prompt: beside a text that decodes, a prompt of so many
     tokens that has a medium; and then another text, in the row that it has left."""
     stream: list[Probe] = []
     for number in range(events):
         stream.append(Probe(5, 20, max_tokens=tokens + 40, judged=False))
-        stream.append(Probe(3, number, 2 * number, 3, OVERLAPPING))
+        stream.append(Probe(3, number, 2 * number, 3, OVERLAPPING, modality=modality))
         waits = OVERLAPPING if number % 2 else tokens + 10
         stream.append(Probe(4, 40 + number, max_tokens=4 + number % 4, joins_after=waits))
     return stream
@@ -157,6 +170,8 @@ class Alone:
     """Whether `flush` is needed before a medium is asked alone."""
     in_python: Callable[[], AbstractContextManager[None]] = nullcontext
     """In which no graph is replayed."""
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    """LoRA adapters' folders by name."""
     found: dict[Probe, Served] = field(default_factory=dict)
 
     def ask(self, probes: Iterable[Probe]) -> None:
@@ -169,7 +184,7 @@ class Alone:
                 if probe.medium is not None and self.flushes:
                     self.flush()
                 self.llm.reset_prefix_cache()
-                (served,) = step_through(self.llm, [joining(probe, self.prompts)])
+                (served,) = step_through(self.llm, [joining(probe, self.prompts, self.adapters)])
                 if isinstance(served, RefusedError):
                     raise served
                 self.found[probe] = served
@@ -190,14 +205,13 @@ class Alone:
         if not cached:
             self.llm.reset_prefix_cache()
         with chunks(self.llm, tokens):
-            served = step_through(self.llm, [joining(probe, self.prompts) for probe in stream])
+            requests = [joining(probe, self.prompts, self.adapters) for probe in stream]
+            served = step_through(self.llm, requests)
         rows = []
         for probe, each in zip(stream, served):
             if isinstance(each, RefusedError):
                 raise each
-            row: dict[str, Any] = {
-                "kind": "text" if probe.medium is None else self.prompts.modality
-            }
+            row: dict[str, Any] = {"kind": probe.modality if probe.medium is not None else "text"}
             row |= {"joined": each.joined, "ended": each.ended, "difference": None}
             if each.run and (alone := self.found[probe].run):
                 row["difference"] = asdict(compare(each.run, alone))
@@ -205,5 +219,12 @@ class Alone:
         return rows
 
 
-def joining(probe: Probe, prompts: Prompts) -> Joining:
-    return Joining(lambda: prompts(probe), probe.max_tokens, probe.joins_after, probe.judged)
+def joining(probe: Probe, prompts: Prompts, adapters: Mapping[str, str]) -> Joining:
+    return Joining(
+        lambda: prompts(probe),
+        probe.max_tokens,
+        probe.joins_after,
+        probe.judged,
+        probe.grammar,
+        (probe.adapter, adapters[probe.adapter]) if probe.adapter else None,
+    )

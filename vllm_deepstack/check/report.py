@@ -19,11 +19,11 @@ from .ran import described
 from .run import Result
 
 Report = dict[str, Any]
-SCHEMA = 2
+SCHEMA = 3
 """Of a report: docs/schemas/check.json. Another number when a field changes its meaning."""
 WRONG = ("leaks", "diverges")
-TEXT_ALONE = "text alone"
-"""The stream in which nobody has a medium."""
+# Kinds of steps, by what they have of a prompt.
+WHOLE, CHUNKS, SINGLE = "whole prompts", "chunks", "a token a step"
 SHOWN = 5  # leaks of a mode, in the terminal
 STYLES = {"agrees": "green", "diverges": "bold red", "leaks": "bold red", "failed": "bold red"}
 
@@ -38,7 +38,9 @@ def report(
     """Compares the engines in other modes with the eager one, and with Transformers if there is a
     `reference`. `limit`: the largest |Δlogit| that is agreement (default: by dtype and logits)."""
     runs = [*eager.runs, *eager.alone.values()]
-    limit = tolerance(eager.meta["dtype"], runs) if limit is None else limit
+    if limit is None:
+        least = 0.0 if eager.meta.get("pooling") else 10.0
+        limit = tolerance(eager.meta["dtype"], runs, least)
     samples = [
         {"prompt_tokens": len(prompt), "images": images, "image_tokens": tokens}
         for prompt, images, tokens in zip(eager.prompts, eager.images, eager.image_tokens)
@@ -80,7 +82,7 @@ def arm(
     """One engine: its samples to eager's, its requests alone to eager's, and what leaked in it."""
     given: dict[str, Any] = {"mode": mode, "verdict": "", "reason": "", "seconds": None}
     given |= {"samples": [], "to_transformers": [], "alone": None, "leaks": None, "warnings": []}
-    given["ran"] = None
+    given |= {"ran": None, "noise": {}}
     if isinstance(result, EngineError):
         return given | {"verdict": "failed", "reason": printable(str(result))}
     given["ran"] = result.meta.get("ran")
@@ -90,27 +92,66 @@ def arm(
         return given | {"verdict": "failed", "reason": others[0]}
     given["seconds"], given["reason"] = round(result.seconds, 1), printable(result.error)
     given["warnings"] = result.meta.get("warnings", [])
+    given["noise"] = noise_of(result)
+    limits = limits_of(given["noise"], limit)
     if result is not eager:
+        # Samples run in company, and what is alone is padded to another batch.
+        both_limits = limits_of(louder(noise_of(eager), given["noise"]), limit)
+        whole = both_limits.get(WHOLE, (limit, limit))
         given["samples"] = [
-            agreement(compare(theirs, ours), limit) for theirs, ours in zip(eager.runs, result.runs)
+            agreement(compare(theirs, ours), whole) for theirs, ours in zip(eager.runs, result.runs)
         ]
         both = [
-            (eager.alone[name], run) for name, run in result.alone.items() if name in eager.alone
+            agreement(compare(eager.alone[name], run), whole)
+            for name, run in result.alone.items()
+            if name in eager.alone
         ]
-        given["alone"] = together([finite(compare(*pair).largest) for pair in both], limit)
+        given["alone"] = together(both)
     if reference is not None:
         given["to_transformers"] = [
-            agreement(compare(theirs, ours), limit)
+            agreement(compare(theirs, ours), (limit, limit))
             for theirs, ours in zip(reference.runs, result.runs)
         ]
     if leaks := result.meta.get("leaks"):
-        given["leaks"] = leaks_of(leaks, limit)
+        given["leaks"] = leaks_of(leaks, limits, limit)
     differ = sum(not sample["agrees"] for sample in given["samples"])
     differ += given["alone"]["differ"] if given["alone"] else 0
     given["verdict"] = "leaks" if leaked(given) else "diverges" if differ else "agrees"
     if result.error and given["verdict"] == "agrees":
         given["verdict"] = "failed"
+    elif given["verdict"] == "agrees" and (loud := swallowed(given, eager, limit)):
+        given |= {"verdict": "noise", "reason": loud}
     return given
+
+
+def swallowed(given: Mapping[str, Any], eager: Result, tolerance: float) -> str:
+    """How the limit that batch noise sets is above what a mistake would change; nothing if it is
+    not."""
+    limit = loudest(given, tolerance)
+    shares = eager.meta.get("shares") or {}
+    counts = [shares[name] for name in ("blank", "levels") if shares.get(name) is not None]
+    if limit <= tolerance or limit < min(counts, default=10 * tolerance):
+        return ""
+    text = f"text alone moves text by {number(limit / 2)} in other batches"
+    if counts:
+        text += f", and the images count by {number(min(counts))}"
+    return f"{text}; --dtype float32, or VLLM_BATCH_INVARIANT=1, may have less noise"
+
+
+def loudest(given: Mapping[str, Any], tolerance: float) -> float:
+    """The largest limit of an engine's changes."""
+    limits = limits_of(given["noise"], tolerance).values()
+    return max([tolerance, *(limit for pair in limits for limit in pair)])
+
+
+def louder(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    return {
+        kind: {
+            name: max(of.get(kind, {}).get(name, 0.0) for of in (one, other))
+            for name in ("first", "decode")
+        }
+        for kind in one | other
+    }
 
 
 def other_tokens(name: str, eager: Result, other: Result) -> list[str]:
@@ -127,39 +168,66 @@ def finite(value: float) -> float:
     return min(value, sys.float_info.max)
 
 
-def agreement(difference: Any, limit: float) -> dict[str, Any]:
-    found = asdict(difference) | {"agrees": difference.largest <= limit}
+def agreement(difference: Any, limits: tuple[float, float]) -> dict[str, Any]:
+    """`limits`: of the first token, and of later ones."""
+    found = asdict(difference)
+    found["agrees"] = not above(found, limits)
     for name in ("first", "decode", "kl"):
         found[name] = None if found[name] is None else finite(found[name])
     return found | {"by_step": [finite(step) for step in found["by_step"]]}
 
 
-def together(moved: list[float], limit: float) -> dict[str, Any] | None:
-    if not moved:
+def together(differences: list[dict[str, Any]]) -> dict[str, Any] | None:
+    if not differences:
         return None
-    differ = sum(each > limit for each in moved)
-    return {"requests": len(moved), "differ": differ, "largest": max(moved)}
-
-
-def leaks_of(leaks: Mapping[str, Any], limit: float) -> dict[str, Any]:
-    """What changed in an engine's streams. The company of text alone moves logits, too: other
-    kernels for other batches, other scales of a quantized step. A leak is twice that."""
-    alone = leaks["streams"].get(TEXT_ALONE, [])
-    floor = max((largest(row["difference"]) for row in alone if row["difference"]), default=0.0)
-    streams = {name: rows for name, rows in leaks["streams"].items() if name != TEXT_ALONE}
-    limit = max(limit, 2 * floor)
+    differ = sum(not each["agrees"] for each in differences)
     return {
-        "floor": finite(floor),
+        "requests": len(differences),
+        "differ": differ,
+        "largest": max(map(largest, differences)),
+    }
+
+
+def noise_of(result: Result) -> dict[str, dict[str, float]]:
+    """Batch noise: how far the company of text alone moves text on one engine, by kind of step, at
+    the first token and later. Other batches have other kernels, experts, and scales."""
+    found = {}
+    for kind, rows in result.meta.get("leaks", {}).get("text", {}).items():
+        moved = [row["difference"] for row in rows if row["difference"]]
+        found[kind] = {
+            name: finite(max((each[name] or 0.0 for each in moved), default=0.0))
+            for name in ("first", "decode")
+        }
+    return found
+
+
+def limits_of(noise: Mapping[str, Mapping[str, float]], tolerance: float) -> dict[str, Any]:
+    """Twice the batch noise, where that is more than the tolerance: the limit of a change."""
+    decode = max([tolerance, *(2 * each["decode"] for each in noise.values())])
+    return {kind: (max(tolerance, 2 * each["first"]), decode) for kind, each in noise.items()}
+
+
+def leaks_of(
+    leaks: Mapping[str, Any], limits: Mapping[str, tuple[float, float]], tolerance: float
+) -> dict[str, Any]:
+    """What changed in an engine's streams."""
+    return {
         "streams": [
-            {"name": name, "requests": changes(rows, limit)} for name, rows in streams.items()
+            {
+                "name": name,
+                "kind": (kind := leaks["kinds"].get(name, WHOLE)),
+                "requests": changes(rows, limits.get(kind, (tolerance, tolerance))),
+            }
+            for name, rows in leaks["streams"].items()
         ],
         "not_run": [{"name": n, "reason": printable(r)} for n, r in leaks["not_run"].items()],
     }
 
 
-def changes(rows: list[dict[str, Any]], limit: float) -> list[dict[str, Any]]:
-    """Of a stream's requests, in the order in which they joined: whether each changed; of text,
-    after or beside which one: the last that had media."""
+def changes(rows: list[dict[str, Any]], limits: tuple[float, float]) -> list[dict[str, Any]]:
+    """Of a stream's requests, in the order in which they joined: whether each changed, by the
+    limits of the first token and of later ones; of text, after or beside which one: the last that
+    had media."""
     found = []
     for number, row in enumerate(rows):
         media = [i for i in range(number) if rows[i]["kind"] != "text"]
@@ -168,7 +236,7 @@ def changes(rows: list[dict[str, Any]], limit: float) -> list[dict[str, Any]]:
         moved = row["difference"]
         by_step = [finite(step) for step in moved["by_step"]] if moved else []
         most = finite(largest(moved)) if moved else None
-        entry = {"kind": row["kind"], "changed": most is not None and most > limit}
+        entry = {"kind": row["kind"], "changed": bool(moved) and above(moved, limits)}
         entry |= {"largest": most, "by_step": by_step}
         entry |= {"joined": row["joined"], "ended": row["ended"], "cause": cause}
         found.append(entry | {"how": "after" if ended else "beside"})
@@ -177,6 +245,13 @@ def changes(rows: list[dict[str, Any]], limit: float) -> list[dict[str, Any]]:
 
 def largest(difference: Mapping[str, Any]) -> float:
     return max(difference["first"], difference["decode"] or 0.0)
+
+
+def above(difference: Mapping[str, Any], limits: tuple[float, float]) -> bool:
+    return any(
+        not (difference[name] or 0.0) <= limit
+        for name, limit in zip(("first", "decode"), limits, strict=True)
+    )
 
 
 def streams(arm: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -236,7 +311,8 @@ def verdict(arms: list[dict[str, Any]], shares: Mapping[str, Any] | None, limit:
         if state in states:
             return state
     asked = any(state == "agrees" for state in states[1:])
-    return "agrees" if asked and "failed" not in states and not blind(shares, limit) else "unknown"
+    unsure = {"failed", "noise"} & {*states} or blind(shares, limit)
+    return "agrees" if asked and not unsure else "unknown"
 
 
 def unanswered(
@@ -247,13 +323,16 @@ def unanswered(
 ) -> list[str]:
     found = [f"mode {a['mode']}: {a['reason']}" for a in arms if a["verdict"] == "not run"]
     found += [f"mode {a['mode']}: failed" for a in arms if a["verdict"] == "failed"]
+    found += [
+        f"mode {a['mode']}, from noise: {a['reason']}" for a in arms if a["verdict"] == "noise"
+    ]
     not_run = [each for a in arms if a["leaks"] for each in a["leaks"]["not_run"]]
     found += dict.fromkeys(f"leaks, {each['name']}: {each['reason']}" for each in not_run)
     found += [
-        f"leaks below {number(2 * a['leaks']['floor'])} in mode {a['mode']}: text alone moves text "
-        f"by {number(a['leaks']['floor'])}"
+        f"changes below {number(loudest(a, limit))} in mode {a['mode']}: batch noise; text alone "
+        f"moves text by {number(loudest(a, limit) / 2)}"
         for a in arms
-        if a["leaks"] and 2 * a["leaks"]["floor"] > limit
+        if a["verdict"] != "noise" and loudest(a, limit) > limit
     ]
     found += [f"mode {a['mode']}: {text}" for a in arms for text in a["warnings"]]
     if gpu is False:
@@ -369,7 +448,7 @@ def show(reports: list[Report], console: Console) -> None:
         for text in one["unanswered"]:
             line(f"  not asked: {escape(text)}")
         for each in one["arms"]:
-            if each["reason"] and each["verdict"] != "not run":
+            if each["reason"] and each["verdict"] not in ("not run", "noise"):
                 line(f"  {each['mode']}: {escape(each['reason'])}")
         style = STYLES.get(one["verdict"], "bold yellow")
         line(f"vLLM {one['vllm']}: [{style}]{summary(one)}[/]{noise(one)}")
@@ -398,7 +477,8 @@ def summary(one: Report) -> str:
         leaks = "nothing leaks" if whole else "nothing leaks in what was asked"
         return f"agrees ({', '.join(ran)})" + (f", {leaks}" if asked else "")
     if one["verdict"] == "unknown":
-        return "cannot tell"
+        noisy = [each["mode"] for each in one["arms"] if each["verdict"] == "noise"]
+        return f"cannot tell from noise ({', '.join(noisy)})" if noisy else "cannot tell"
     said = [f"{state} ({', '.join(counts[state])})" for state in WRONG if counts[state]]
     return ", ".join(said)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ class Joining:
     """Steps after the request before it joined; at once where none is in flight."""
     judged: bool = True
     """Whether its logits are kept: of a large vocabulary they are 20 MB a token."""
+    grammar: bool = False
+    """Whether its answer follows a grammar."""
+    adapter: tuple[str, str] | None = None
+    """A LoRA adapter's name and folder."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +47,27 @@ class Served:
     ended: int
 
 
-def sampling(max_tokens: int, judged: bool = True) -> Any:
+def is_pooling(llm: Any) -> bool:
+    """Whether it gives embeddings, or scores, and no tokens."""
+    return getattr(llm.llm_engine.vllm_config.model_config, "runner_type", "") == "pooling"
+
+
+def pooling(llm: Any) -> dict[str, Any]:
+    """What `LLM.encode` is given beside prompts."""
+    from vllm import PoolingParams
+
+    tasks = llm.llm_engine.get_supported_tasks()
+    names = ("embed", "token_embed", "classify", "token_classify", "score")
+    task = next(name for name in names if name in tasks)
+    return {"pooling_params": PoolingParams(task=task), "pooling_task": task}
+
+
+def sampling(max_tokens: int, judged: bool = True, grammar: bool = False) -> Any:
     """Greedy; if judged, with raw logits of the whole vocabulary, which `logits` reads."""
     from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
+    digits = StructuredOutputsParams(regex="[0-9]{64}") if grammar else None
     return SamplingParams(
         temperature=0,
         max_tokens=max_tokens,
@@ -55,7 +76,16 @@ def sampling(max_tokens: int, judged: bool = True) -> Any:
         ignore_eos=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
+        structured_outputs=digits,
     )
+
+
+def run_of(output: Any, vocabulary: int) -> Run:
+    """What an engine gave: logits; of a pooling model what it pooled, as one step's."""
+    if hasattr(output.outputs, "data"):
+        return Run(np.zeros(1, np.int64), output.outputs.data.float().cpu().numpy().reshape(1, -1))
+    tokens = output.outputs[0]
+    return Run(np.array(tokens.token_ids), logits(tokens.logprobs, vocabulary))
 
 
 def logits(flat: Any, vocabulary: int) -> np.ndarray:
@@ -88,27 +118,33 @@ def step_through(llm: Any, requests: list[Joining]) -> list[Served | RefusedErro
     done: dict[int, Served | RefusedError] = {}
     joined: dict[int, int] = {}
     step = last = 0
+    pooled = pooling(llm)["pooling_params"] if is_pooling(llm) else None
     while waiting or engine.has_unfinished_requests():
         while waiting and (
             step - last >= waiting[-1][1].joins_after or not engine.has_unfinished_requests()
         ):
             number, request = waiting.pop()
-            asked = sampling(request.max_tokens, request.judged)
             try:
-                engine.add_request(str(number), request.prompt(), asked)
+                asked = pooled or sampling(request.max_tokens, request.judged, request.grammar)
+                lora = adapter(*request.adapter) if request.adapter else None
+                engine.add_request(str(number), request.prompt(), asked, lora_request=lora)
             except Exception as error:  # which ones, differs from release to release
                 done[number] = RefusedError(f"{type(error).__name__}: {error}")
             joined[number] = last = step
         for output in engine.step():
             if output.finished:
-                number, tokens = int(output.request_id), output.outputs[0]
-                run = None
-                if requests[number].judged:
-                    run = Run(np.array(tokens.token_ids), logits(tokens.logprobs, vocabulary))
+                number = int(output.request_id)
+                run = run_of(output, vocabulary) if requests[number].judged else None
                 prompt = list(output.prompt_token_ids or [])
                 done[number] = Served(run, prompt, joined[number], step)
         step += 1
     return [done[number] for number in range(len(requests))]
+
+
+def adapter(name: str, folder: str) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(name, 1 + zlib.crc32(name.encode()) % 10_000, folder)
 
 
 def can_chunk(llm: Any) -> bool:
