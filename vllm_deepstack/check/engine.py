@@ -180,8 +180,9 @@ def apart_in_text(ours: Probing, theirs: Probing) -> float:
         if served.run and other.run:
             moved.append(compare(served.run, other.run).largest)
     for kind, rows in ours.leaks["text"].items():
-        for pair in zip(rows, theirs.leaks["text"][kind]):
-            moved += [abs(a - b) for a, b in zip(*(row["difference"]["by_step"] for row in pair))]
+        for one, other in zip(rows, theirs.leaks["text"][kind]):
+            steps = [row["difference"]["by_step"] for row in (one, other) if row["difference"]]
+            moved += [abs(a - b) for a, b in zip(*steps)] if steps else []
     return max(moved)
 
 
