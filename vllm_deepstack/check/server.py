@@ -54,7 +54,7 @@ class Server:
         self.headers = {"Content-Type": "application/json"}
         self.headers |= {"Authorization": f"Bearer {key}"} if key else {}
         self.opener, self.lock = urllib.request.build_opener(NoRedirect), threading.Lock()
-        self.requests, self.answered = 0, 0
+        self.requests, self.answered = 0, False
         self.unsalted = ""
         """Why it is sent no cache_salt."""
         try:
@@ -113,10 +113,13 @@ class Server:
                 f"{self.url}: {question.name}: no log-probabilities of token ids in the answer: it "
                 f"needs logprobs, top_logprobs {LIKELIEST}, return_tokens_as_token_ids, as vLLM has"
             ) from None
-        self.answered += 1
+        self.answered = True
         return answer
 
     def ask_all(self, questions: Iterable[Question], at_once: int = 1) -> list[Answer]:
+        """In their order; raises what `ask` does."""
+        if at_once == 1:
+            return [self.ask(question) for question in questions]  # and none after one that fails
         with ThreadPoolExecutor(at_once) as pool:
             return list(pool.map(self.ask, questions))
 

@@ -32,9 +32,9 @@ examples:
 OWN = ("--enforce-eager", "--no-enforce-eager", "--logprobs-mode", "--max-logprobs")
 NAMES = [mode.name for mode in MODES]
 # Options that are for a server alone, and for engines alone.
-OF_SERVERS = ("reference_url", "api_key", "timeout")
-OF_ENGINES = ("samples", "num_samples", "max_tokens", "modes", "dtype", "vllm", "reference")
-OF_ENGINES += ("side_by_side", "html", "junit", "logs")
+OF_SERVERS = ["reference_url", "api_key", "timeout"]
+OF_ENGINES = ["samples", "num_samples", "max_tokens", "modes", "dtype", "vllm", "reference"]
+OF_ENGINES += ["side_by_side", "html", "junit", "logs"]
 REPLAYED = {mode.name for mode in REPLAYS}  # by a worker extension
 GRAPHS = {PIECEWISE.name, FULL.name}  # they are a compilation config
 
