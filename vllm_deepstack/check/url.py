@@ -143,7 +143,8 @@ def show(report: Report, console: Console) -> None:
         if rows := [row for row in report["compared"] if row["stage"] == stage]:
             off = sum(row["changed"] for row in rows)
             table.add_row(name, *count(off, len(rows), [row["largest"] for row in rows]))
-    console.print(table)
+    if table.rows:
+        console.print(table)
     changed = [row for row in report["compared"] if row["changed"]]
     for row in sorted(changed, key=lambda row: -row["largest"])[:SHOWN]:
         to = f"{row['stage']} {row['image']}" if row["image"] else "from the reference"
