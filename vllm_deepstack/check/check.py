@@ -74,7 +74,7 @@ def check(
         jobs[name] = [first, *others]
     every = [job for each in jobs.values() for job in each]
     needed = [first for first, *_ in jobs.values()]
-    found = dict(zip(every, outcomes(every, spec, console, at_once, needed, args.timeout)))
+    found = dict(zip(every, outcomes(every, spec, console, at_once, needed, args.timeout or 3600)))
     reports: list[Report] = []
     for of_tree in jobs.values():
         eager, others = found[of_tree[0]], of_tree[1:]

@@ -16,9 +16,11 @@ CHECK = """\
 Is a model right when it is compiled? Runs it in vLLM engines, each in a process of its own: eager,
 and in each of the modes. Does it compute the same? Does a request get the same after others as
 alone? Do images change its logits? The engines are those of your own `vllm serve` line, behind
-`--`; or name the model, and add options of `vllm serve`.
+`--`; or name the model, and add options of `vllm serve`. Or, with --url, asks a server that runs,
+and starts no engine.
 
-exit code: 0 it agrees, 1 it diverges or leaks, 2 the check could not run, or cannot tell"""
+exit code: 0 it agrees, 1 it diverges or leaks, 2 the check could not run, or cannot tell; with
+--url: 0 nothing seen, 1 it leaks or differs from the reference, 2 the same"""
 EXAMPLES = """\
 @FILE stands for the arguments in a file, one per line
 
@@ -26,10 +28,15 @@ examples:
   vllm-deepstack check -- vllm serve Qwen/Qwen3-VL-2B-Instruct --max-model-len 8192 --port 8000
   vllm-deepstack check --model Qwen/Qwen3-VL-2B-Instruct --max-model-len 8192
   vllm-deepstack check --model MODEL --modes default breakable batch-invariant --html check.html
-  vllm-deepstack check --model MODEL --samples prompts.jsonl --json report.json"""
+  vllm-deepstack check --model MODEL --samples prompts.jsonl --json report.json
+  vllm-deepstack check --url http://localhost:8000"""
 # What the check itself decides; given to an engine they would undo it.
 OWN = ("--enforce-eager", "--no-enforce-eager", "--logprobs-mode", "--max-logprobs")
 NAMES = [mode.name for mode in MODES]
+# Options that are for a server alone, and for engines alone.
+OF_SERVERS = ["reference_url", "api_key"]
+OF_ENGINES = ["samples", "num_samples", "max_tokens", "modes", "dtype", "vllm", "reference"]
+OF_ENGINES += ["side_by_side", "html", "junit", "logs"]
 REPLAYED = {mode.name for mode in REPLAYS}  # by a worker extension
 GRAPHS = {PIECEWISE.name, FULL.name}  # they are a compilation config
 
@@ -46,7 +53,11 @@ def add(verbs: Any) -> None:
         engine_options=True,
         fromfile_prefix_chars="@",
     )
-    parser.add_argument("--model", help="a checkpoint's folder, or its name on the hub")
+    parser.add_argument(
+        "--model",
+        help="a checkpoint's folder, or its name on the hub; with --url, the name that is served "
+        "(default: the server's first)",
+    )
     parser.add_argument("--samples", type=Path, help=f"JSON lines (default: built in); {FORMAT}")
     parser.add_argument(
         "--num-samples", type=cli.positive, help="how many samples (default: all; 5 built-in ones)"
@@ -64,7 +75,10 @@ def add(verbs: Any) -> None:
     )
     parser.add_argument("--dtype", help="as vLLM has it (default: auto)")
     parser.add_argument(
-        "--tolerance", type=float, help="largest |Δlogit| that is agreement (default: by dtype)"
+        "--tolerance",
+        type=float,
+        help="largest |Δlogit| that is agreement (default: by dtype); with --url, largest "
+        "|Δ log-probability| (default: 0.1)",
     )
     parser.add_argument(
         "--vllm",
@@ -90,18 +104,34 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--timeout",
         type=cli.positive,
-        default=3600,
         metavar="SECONDS",
-        help="of each engine, its start included (default: 3600)",
+        help="of each engine, its start included (default: 3600); with --url, of a request "
+        "(default: 60)",
     )
     parser.add_argument(
         "--logs", type=Path, help="keep the engines' logs and results in this folder"
     )
+    server = parser.add_argument_group("a server that runs")
+    server.add_argument(
+        "--url", help="http://HOST:PORT; sends it some 100 requests, at most 4 at once"
+    )
+    server.add_argument("--reference-url", metavar="URL", help="a server to compare with, too")
+    server.add_argument(
+        "--api-key", metavar="KEY", help="sent to both (default: the environment's OPENAI_API_KEY)"
+    )
 
 
 def execute(args: argparse.Namespace) -> int:
+    for name in OF_ENGINES if args.url else OF_SERVERS:
+        if getattr(args, name) != args.parser.get_default(name):
+            why = "not with --url, which starts no engine" if args.url else "only with --url"
+            args.parser.error(f"--{name.replace('_', '-')}: {why}")
+    if args.url and (given := [*args.options, *args.line]):
+        args.parser.error(f"{given[0]}: not with --url, which starts no engine")
     asked = set(args.modes or ())
-    if args.line:
+    if args.url:
+        pass
+    elif args.line:
         if args.line[:2] != ["vllm", "serve"] or args.model or args.options:
             args.parser.error(
                 "behind `--`, give the whole line: `-- vllm serve MODEL …`; before it, the check's "
@@ -111,7 +141,7 @@ def execute(args: argparse.Namespace) -> int:
     elif args.model:
         args.options = ["--model", args.model, *args.options]
     else:
-        args.parser.error("name the model: --model, or `-- vllm serve MODEL …`")
+        args.parser.error("name the model: --model, `-- vllm serve MODEL …`, or a server: --url")
     for option in args.options:
         # vLLM takes `_` for `-`, and the beginning of a name for the name.
         name = option.split("=")[0].replace("_", "-")
@@ -122,6 +152,10 @@ def execute(args: argparse.Namespace) -> int:
         if GRAPHS & asked and re.match(r"(-O|-cc|--compilation[-_]config)\b", option):
             args.parser.error(f"{option}: --modes piecewise and full set this themselves")
     try:
+        if args.url:
+            from .url import execute as ask
+
+            return ask(args)
         from .check import execute
 
         if args.html:
