@@ -194,6 +194,20 @@ class TestReport:
         jsonschema.validate(one, SCHEMA)
         assert "Transformers 5" in shown(one) and "0.50" in shown(one)
 
+    def test_rollout_against_trainer(self):
+        """The log-probability of what the engine chose, by Transformers; and its gate."""
+        eager, reference = result(5, 5), result(5.5, 5)
+        one = report("m", eager, {"default": result(5, 5)}, reference)
+        rollout = one["arms"][1]["rollout"]
+        moved = abs(np.log1p(np.exp(-4)) - np.log1p(np.exp(-3.5)))  # of token 1: 9 against 5, 5.5
+        assert rollout["tokens"] == 2 and rollout["largest"] == pytest.approx(moved)
+        assert rollout["mean"] == pytest.approx(moved / 2) and 0 < rollout["mean_kl"] < moved
+        assert "default to Transformers, of 2 tokens" in shown(one)
+        assert one["verdict"] == "agrees"
+        gated = report("m", eager, {"default": result(5, 5)}, reference, max_kl=1e-6)
+        assert gated["verdict"] == "diverges"
+        jsonschema.validate(gated, SCHEMA)
+
     def test_reports_side_by_side_fit_a_terminal(self):
         reports = [made({"default": result(x, 1e-5)}) for x in (2, 0)]
         reports[1]["vllm"] = "0.22.1+deepstack.1.cpu"

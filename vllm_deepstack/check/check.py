@@ -87,7 +87,9 @@ def check(
         reference = None
         if args.reference:
             reference = transformers(args, samples, eager, folder, console)
-        reports.append(report(eager.meta["model"], eager, arms, reference, args.tolerance))
+        reports.append(
+            report(eager.meta["model"], eager, arms, reference, args.tolerance, args.max_kl)
+        )
     return reports
 
 

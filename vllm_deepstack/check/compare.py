@@ -43,6 +43,10 @@ class Difference:
     steps: int
     by_step: list[float]
     """Largest |Δlogit| of each step that was compared."""
+    chosen: list[float]
+    """Of each of these steps, |Δ log-probability| of the token that ours chose."""
+    kls: list[float]
+    """Of each, KL(ours ‖ theirs), in nats."""
 
     @property
     def largest(self) -> float:
@@ -68,7 +72,11 @@ def compare(ours: Run, theirs: Run) -> Difference:
     delta = np.where(np.isnan(delta), np.inf, delta)
     decode = float(delta[1:].max()) if compared > 1 else None
     by_step = [float(step) for step in delta]
-    return Difference(by_step[0], decode, kl_divergence(a, b), agreed, steps, by_step)
+    kls = kl_divergences(a, b)
+    rows = np.arange(compared), ours.tokens[:compared]
+    with np.errstate(invalid="ignore"):
+        chosen = np.abs(log_softmax(a)[rows] - log_softmax(b)[rows]).tolist()
+    return Difference(by_step[0], decode, max(kls), agreed, steps, by_step, chosen, kls)
 
 
 def tolerance(dtype: str, runs: Iterable[Run], least: float = 10.0) -> float:
@@ -85,11 +93,14 @@ def tolerance(dtype: str, runs: Iterable[Run], least: float = 10.0) -> float:
 
 def kl_divergence(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     """The largest KL(softmax a ‖ softmax b) of the rows, in nats; inf where it is undefined."""
+    return max(kl_divergences(a, b))
+
+
+def kl_divergences(a: NDArray[np.float64], b: NDArray[np.float64]) -> list[float]:
     p, q = log_softmax(a), log_softmax(b)
     with np.errstate(invalid="ignore"):
         terms = np.where(np.isneginf(p), 0.0, np.exp(p) * (p - q))
-    largest = float(terms.sum(axis=1).max())
-    return math.inf if math.isnan(largest) else max(largest, 0.0)
+    return [math.inf if math.isnan(row) else max(row, 0.0) for row in terms.sum(axis=1).tolist()]
 
 
 def log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -34,9 +34,11 @@ def report(
     arms: Mapping[str, Result | EngineError],
     reference: Result | None = None,
     limit: float | None = None,
+    max_kl: float | None = None,
 ) -> Report:
     """Compares the engines in other modes with the eager one, and with Transformers if there is a
-    `reference`. `limit`: the largest |Δlogit| that is agreement (default: by dtype and logits)."""
+    `reference`. `limit`: the largest |Δlogit| that is agreement (default: by dtype and logits).
+    `max_kl`: the largest mean KL to Transformers that is agreement, in nats (default: any)."""
     runs = [*eager.runs, *eager.alone.values()]
     if limit is None:
         least = 0.0 if eager.meta.get("pooling") else 10.0
@@ -50,6 +52,12 @@ def report(
         reference = None
     found = [arm("eager", eager, eager, reference, limit)]
     found += [arm(mode, eager, result, reference, limit) for mode, result in arms.items()]
+    for each in found:
+        each["rollout"] = rollout(each["to_transformers"])
+        over = max_kl is not None and each["rollout"] and each["rollout"]["mean_kl"] > max_kl
+        if over and each["verdict"] in ("agrees", "noise"):
+            each["verdict"] = "diverges"
+            each["reason"] = f"mean KL to Transformers is above {number(max_kl)}"
     floor = [
         largest(difference)
         for each in found[1:]
@@ -82,7 +90,7 @@ def arm(
     """One engine: its samples to eager's, its requests alone to eager's, and what leaked in it."""
     given: dict[str, Any] = {"mode": mode, "verdict": "", "reason": "", "seconds": None}
     given |= {"samples": [], "to_transformers": [], "alone": None, "leaks": None, "warnings": []}
-    given |= {"ran": None, "noise": {}}
+    given |= {"ran": None, "noise": {}, "rollout": None}
     if isinstance(result, EngineError):
         return given | {"verdict": "failed", "reason": printable(str(result))}
     given["ran"] = result.meta.get("ran")
@@ -154,6 +162,17 @@ def louder(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def rollout(differences: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What trainers compare a rollout with: the tokens that the engine chose, up to the first that
+    differs in each sample, by Transformers' log-probabilities."""
+    chosen = [moved for each in differences for moved in each["chosen"]]
+    kls = [kl for each in differences for kl in each["kls"]]
+    if not chosen:
+        return None
+    of = {"mean": np.mean(chosen), "largest": max(chosen), "mean_kl": np.mean(kls)}
+    return {"tokens": len(chosen), **{name: finite(float(value)) for name, value in of.items()}}
+
+
 def other_tokens(name: str, eager: Result, other: Result) -> list[str]:
     """How an engine was given other samples than eager."""
     return [
@@ -164,8 +183,8 @@ def other_tokens(name: str, eager: Result, other: Result) -> list[str]:
 
 
 def finite(value: float) -> float:
-    """JSON has no infinity."""
-    return min(value, sys.float_info.max)
+    """JSON has no infinity, and what is no number is as far off."""
+    return sys.float_info.max if value != value else min(value, sys.float_info.max)
 
 
 def agreement(difference: Any, limits: tuple[float, float]) -> dict[str, Any]:
@@ -174,7 +193,8 @@ def agreement(difference: Any, limits: tuple[float, float]) -> dict[str, Any]:
     found["agrees"] = not above(found, limits)
     for name in ("first", "decode", "kl"):
         found[name] = None if found[name] is None else finite(found[name])
-    return found | {"by_step": [finite(step) for step in found["by_step"]]}
+    lists = ("by_step", "chosen", "kls")
+    return found | {name: [finite(step) for step in found[name]] for name in lists}
 
 
 def together(differences: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -437,6 +457,12 @@ def show(reports: list[Report], console: Console) -> None:
         for each in one["arms"]:
             if each["ran"]:
                 line(f"  {each['mode']}: {described(each['ran'])}")
+            if trained := each["rollout"]:
+                line(
+                    f"  {each['mode']} to Transformers, of {trained['tokens']} tokens: log-"
+                    f"probabilities off by {number(trained['mean'])} in the mean, "
+                    f"{number(trained['largest'])} at most; mean KL {number(trained['mean_kl'])}"
+                )
         for each in one["arms"]:
             said = sentences(each)
             for text in said[:SHOWN]:

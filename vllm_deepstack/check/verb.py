@@ -36,7 +36,7 @@ NAMES = [mode.name for mode in MODES]
 # Options that are for a server alone, and for engines alone.
 OF_SERVERS = ["reference_url", "api_key"]
 OF_ENGINES = ["samples", "num_samples", "max_tokens", "modes", "dtype", "vllm", "reference"]
-OF_ENGINES += ["side_by_side", "html", "junit", "logs"]
+OF_ENGINES += ["max_kl", "side_by_side", "html", "junit", "logs"]
 REPLAYED = {mode.name for mode in REPLAYS}  # by a worker extension
 GRAPHS = {PIECEWISE.name, FULL.name}  # they are a compilation config
 
@@ -88,6 +88,13 @@ def add(verbs: Any) -> None:
     )
     parser.add_argument("--reference", action="store_true", help="compare with Transformers, too")
     parser.add_argument(
+        "--max-kl",
+        type=float,
+        metavar="NATS",
+        help="with --reference: the largest mean KL to Transformers, over all samples' tokens, that "
+        "is agreement (default: any)",
+    )
+    parser.add_argument(
         "--side-by-side",
         action="store_true",
         help="two engines at once, with half the memory each and, on a CPU, half the cores",
@@ -128,6 +135,8 @@ def execute(args: argparse.Namespace) -> int:
             args.parser.error(f"--{name.replace('_', '-')}: {why}")
     if args.url and (given := [*args.options, *args.line]):
         args.parser.error(f"{given[0]}: not with --url, which starts no engine")
+    if args.max_kl is not None and not args.reference:
+        args.parser.error("--max-kl: only with --reference")
     asked = set(args.modes or ())
     if args.url:
         pass
