@@ -115,6 +115,93 @@ def test_broken_variants(models, stock_tree, tmp_path):
             assert eager["leaks"]["streams"][0]["requests"][0]["changed"] is False
 
 
+def serve(folder: Path, model: Path, *line: str, modes: list[str]) -> tuple[int, str, Any]:
+    """Checks a `vllm serve` line: (exit code, what it printed, report)."""
+    file = folder / "line.json"
+    command = [sys.executable, "-m", "vllm_deepstack", "check", "--modes", *modes]
+    command += ["--num-samples", "3", "--json", str(file), "--", "vllm", "serve", str(model)]
+    command += ["--max-model-len", "512", "--max-num-batched-tokens", "512", "--dtype", "float32"]
+    command += ["--gpu-memory-utilization", "0.3", *line]  # of a CPU's memory, too
+    env = os.environ | {"VLLM_CACHE_ROOT": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+    env |= {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    print(done.stdout, done.stderr)
+    if not file.exists():
+        return done.returncode, done.stdout + done.stderr, None
+    found = json.loads(file.read_text())
+    jsonschema.validate(found, SCHEMA)
+    return done.returncode, done.stdout, found
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(900)
+def test_a_line_that_people_serve_with(models, tmp_path):
+    """Options of the server, a configuration file, a chat template, videos alone."""
+    config, template = tmp_path / "serve.yaml", tmp_path / "chat.jinja"
+    config.write_text("port: 8123\nserved-model-name: mine\n")
+    template.write_text(models["qwen3_vl"].joinpath("chat_template.jinja").read_text())
+    code, text, found = serve(
+        tmp_path,
+        models["qwen3_vl"],
+        *("--config", str(config), "--chat-template", str(template), "--api-key", "secret"),
+        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--data-parallel-size", "2"),
+        *("--limit-mm-per-prompt", '{"image": 0, "video": 1}'),
+        modes=["replay"],
+    )
+    assert (code, found["verdict"], found["model"]) == (0, "agrees", str(models["qwen3_vl"]))
+    (alone,) = [each for each in found["unanswered"] if "the server alone needs" in each]
+    assert "--api-key" in alone and "--port" in alone and "--tool-call-parser" in alone
+    assert "data parallel: one rank of 2 is checked" in found["unanswered"]
+    assert found["shares"]["modality"] == "video" and found["shares"]["blank"] > 0.5
+    streams = {each["name"] for each in found["arms"][1]["leaks"]["streams"]}
+    assert {"video, then text", "video beside text, a token a step"} <= streams
+    assert found["arms"][1]["ran"]["replayed"] > 100
+    assert found["arms"][0]["noise"].keys() == {"whole prompts", "chunks", "a token a step"}
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(900)
+def test_where_nothing_is_compiled_it_cannot_tell(tmp_path):
+    """With LoRA, a CPU's engine compiles nothing: it would be eager against itself. The adapter is
+    asked beside requests without it, and with a grammar; on the eager engine."""
+    model = tiny_models.qwen3_vl_assisted(tmp_path / "model")
+    adapter = f"mine={model / 'decoder_adapter'}"
+    lora = ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", adapter]
+    code, text, found = serve(
+        tmp_path, model, *lora, "--limit-mm-per-prompt", '{"video": 0}', modes=["default"]
+    )
+    assert (code, found["verdict"]) == (2, "unknown")
+    assert found["arms"][1]["verdict"] == "not run"
+    assert "nothing was compiled or captured" in found["arms"][1]["reason"]
+    assert "cannot tell" in text and "agrees (default)" not in text
+    streams = {each["name"]: each["requests"] for each in found["arms"][0]["leaks"]["streams"]}
+    for name in ("with an adapter beside without", "with a grammar beside without"):
+        assert len(streams[name]) > 40 and not any(r["changed"] for r in streams[name])
+
+
+@pytest.mark.engine
+@pytest.mark.optional
+@pytest.mark.timeout(900)
+def test_a_pooling_model(models, tmp_path):
+    """Its embeddings are compared, with images and without."""
+    code, _, found = serve(
+        tmp_path,
+        models["qwen3_vl"],
+        *("--runner", "pooling", "--limit-mm-per-prompt", '{"image": 2, "video": 0}'),
+        modes=["default"],
+    )
+    assert (code, found["verdict"]) == (0, "agrees")
+    assert found["shares"]["blank"] > 100 * found["tolerance"]
+    assert len(found["arms"][1]["samples"]) == 3 and found["arms"][1]["alone"]["requests"] > 40
+
+
+@pytest.mark.engine
+def test_a_line_that_vllm_refuses(models, tmp_path):
+    """By vLLM's own parser, and before an engine starts."""
+    code, text, found = serve(tmp_path, models["qwen3_vl"], "--prot", "80", modes=["default"])
+    assert (code, found) == (2, None) and "vllm serve: unrecognized arguments: --prot" in text
+
+
 @pytest.mark.engine
 @pytest.mark.optional
 @pytest.mark.timeout(900)

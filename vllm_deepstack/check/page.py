@@ -51,7 +51,12 @@ def timeline(arm: dict[str, Any], stream: dict[str, Any]) -> Figure:
     for at, one in enumerate(rows, 1):
         text, begun, ended = one["kind"] == "text", one["joined"], one["ended"]
         color = CHANGED if one["changed"] else TEXT if text else MEDIA
-        look = {"color": color, "hatch": "" if text else "////", "ec": "white", "lw": 0}
+        look: dict[str, Any] = {
+            "color": color,
+            "hatch": "" if text else "////",
+            "ec": "white",
+            "lw": 0,
+        }
         axes.barh(at, ended - begun + 1, 0.8, left=begun, **look)
         if one["changed"]:
             axes.text(ended + 1.3, at, number(one["largest"]), va="center", fontsize=7, color=color)

@@ -91,8 +91,8 @@ def add(verbs: Any) -> None:
         "--max-kl",
         type=float,
         metavar="NATS",
-        help="with --reference: the largest mean KL to Transformers, over all samples' tokens, that "
-        "is agreement (default: any)",
+        help="with --reference: the largest mean KL to Transformers, over all samples' tokens, "
+        "that is agreement (default: any)",
     )
     parser.add_argument(
         "--side-by-side",
