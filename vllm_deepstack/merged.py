@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -31,7 +31,7 @@ NONE = ""
 """Stands for the sha256 of a file that vLLM does not have, and the fork adds."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class File:
     """A file of vLLM's, as some release has it."""
 
@@ -149,9 +149,24 @@ def path_of(module: str) -> str:
     return f"{module.replace('.', '/')}.py"
 
 
+def lacking(root: Path, file: File, served: Collection[str] = ()) -> list[str]:
+    """Of the merged files that one imports, those that the vLLM in `root` does not have."""
+    known = table().merged.keys() | ({*table().earlier} if file.version else set())
+    return [n for n in file.needs if n not in served and sha256(root / n) not in known]
+
+
+@cache
+def content(file: File) -> bytes:
+    """Of the merged file."""
+    return file.place.read_bytes()
+
+
 def why_unknown(root: Path, file: Path) -> str:
     """Of a file of the vLLM in `root`."""
-    if (root / STATE).is_dir() or NOTICE in file.read_bytes():
+    if not file.is_file():
+        return "is missing"
+    own = file.relative_to(root) if file.is_relative_to(root) else Path()
+    if (root / STATE / "originals" / own).is_file() or NOTICE in file.read_bytes():
         return "was patched by another version of vllm-deepstack: run `vllm-deepstack apply`"
     return "is not from a release that vllm-deepstack knows"
 
@@ -179,7 +194,9 @@ class Installed:
 
     def _look_up(self, path: str) -> File | None:
         digest = sha256(self.root / path)
-        if digest in table().merged:
+        if merged := table().merged.get(digest):
+            if missing := lacking(self.root, merged):
+                self.unknown[path] = f"needs {missing[0]}, which is not as it was merged"
             return None
         found = table().files[path].get(digest)
         if found is None:

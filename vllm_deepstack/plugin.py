@@ -21,7 +21,7 @@ from typing import Any
 from weakref import WeakSet
 
 from . import OFF, REQUIRE, __version__, is_off, is_on
-from .merged import FOLDER, Installed, concerning, module_of, sha256, table, why_unknown
+from .merged import FOLDER, Installed, concerning, lacking, module_of, sha256, table, why_unknown
 
 # What the fork leaves in some releases, whichever options they are served with.
 ALWAYS = {"D16"}
@@ -96,7 +96,10 @@ class Watch:
             digest, file = sha256(place), self.installed.looked_up.get(path)
             if not file or place != file.place:
                 file = table().merged.get(digest)
-            if file:
+            root = self.installed.root
+            if file and place != file.place and (missing := lacking(root, file)):
+                problems.append(f"{place} needs {missing[0]}, which is not as it was merged")
+            elif file:
                 fixed |= dict.fromkeys(file.fixes.get(model, ()))
                 if left := [d for d in file.left.get(model, ()) if d in ALWAYS]:
                     problems.append(f"{place} leaves {', '.join(left)} as it is released")

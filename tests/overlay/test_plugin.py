@@ -162,7 +162,8 @@ class TestUnknownFiles:
     def test_another_version_of_ours(self, release_sources, how):
         root = release_sources(NEWEST)
         if how == "apply":
-            (root / STATE).mkdir()
+            (root / STATE / "originals" / QWEN3_VL).parent.mkdir(parents=True)
+            (root / STATE / "originals" / QWEN3_VL).touch()
         else:
             (root / QWEN3_VL).write_bytes(NOTICE + (root / QWEN3_VL).read_bytes())
         words = "was patched by another version of vllm-deepstack: run `vllm-deepstack apply`"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from vllm_deepstack.merged import table
 from vllm_deepstack.patch.status import Status, status
 from vllm_deepstack.patch.tree import Tree
 
-from .defects import KINDS, judged
+from .defects import KINDS, MODELS, judged
 
 SCHEMA = json.loads((releases.ROOT / "docs/schemas/status.json").read_text())
 QWEN3_VL = KINDS["Qwen3-VL"].file
@@ -129,6 +130,43 @@ def test_a_runner_of_no_release(release_sources):
     assert str(root / runner) in text
 
 
+@pytest.mark.parametrize("how", ["gone", "edited"])
+def test_a_merged_file_needs_the_mixin(release_sources, how):
+    """Without it, vLLM cannot import the models."""
+    root = release_sources("0.33.0")
+    Tree(root).apply()
+    mixin = root / MODELS / "deepstack.py"
+    mixin.unlink() if how == "gone" else mixin.write_text("x = 1\n")
+    found = status(root)
+    assert found.code == 2 and "Qwen3-VL" in found.unknown
+    assert "Ernie 4.5-VL" in found.models  # it does not need it
+
+
+def test_a_parent_that_is_gone(release_sources):
+    root = release_sources("0.33.0")
+    (root / QWEN3_VL).unlink()
+    assert "is missing" in status(root).unknown["Qwen3-VL-MoE"][0]
+
+
+def test_what_another_version_of_this_merged(release_sources):
+    """Its original is a release's, and the file is not what this version makes of it."""
+    root = release_sources("0.33.0")
+    Tree(root).apply()
+    file = root / QWEN3_VL
+    file.write_text(file.read_text() + "# another version\n")
+    manifest = root / STATE / "manifest.json"
+    told = json.loads(manifest.read_text())
+    told["files"][QWEN3_VL] = releases.sha256(file.read_bytes())
+    manifest.write_text(json.dumps(told))
+    assert "another version" in status(root).unknown["Qwen3-VL"][0]
+
+
+def test_no_models(release_sources):
+    root = release_sources("0.33.0")
+    shutil.rmtree(root / MODELS)
+    assert status(root).code == 2
+
+
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3VLForConditionalGeneration"],
     "vision_config": {"deepstack_visual_indexes": [8, 16, 24]},
@@ -148,6 +186,9 @@ THEIRS = CONFIG | {"architectures": ["Qwen3VLOfOursForConditionalGeneration"]}
         (THEIRS, "Transformers backend"),
         ("Qwen2_5_VLForConditionalGeneration", None),
         (NO_LEVELS, None),
+        (CONFIG | {"vision_config": {"depth": 27}}, "Qwen3-VL"),  # its class has a default
+        (CONFIG | {"architectures": ["Qwen3VLForSequenceClassification"]}, "Qwen3-VL"),
+        (CONFIG | {"architectures": ["Foo", "Qwen3VLForConditionalGeneration"]}, "Qwen3-VL"),
     ],
     ids=str,
 )
@@ -158,18 +199,28 @@ def test_one_model(tmp_path, stock_tree, capsys, named, model):
     code = main(["status", str(stock_tree), "--model", named, "--json"])
     text = capsys.readouterr().out
     if model is None:
-        assert code == 0 and text.startswith(f"{named}: ") and "clean" in text
+        told = json.loads(text)
+        jsonschema.validate(told, SCHEMA)
+        assert (code, told["verdict"], told["models"]) == (0, "clean", {})
     else:
         assert code == 1 and [*json.loads(text)["models"]] == [model]
 
 
-@pytest.mark.parametrize("named", ["nobody/nothing", "{}", "a/b/c/d"])
+@pytest.mark.parametrize("named", ["nobody/nothing", "{}", "a/b/c/d", "Qwen3VLX", "[1]"])
 def test_a_model_that_is_not_there(tmp_path, stock_tree, capsys, named):
-    if named == "{}":
-        (tmp_path / "config.json").write_text("{}")
+    if named in ("{}", "[1]"):
+        (tmp_path / "config.json").write_text('{"architectures": [1]}' if named == "[1]" else "{}")
         named = str(tmp_path)
     assert main(["status", str(stock_tree), "--model", named]) == 2
     assert named in capsys.readouterr().err
+
+
+def test_a_model_that_the_backend_alone_serves(release_sources, tmp_path):
+    """What the overlay leaves is then all that there is."""
+    root = release_sources("0.22.1")
+    Tree(root).apply()
+    assert status(root).code == 0
+    assert status(root, models=["Transformers backend"]).code == 1
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_diff_apply_and_revert(release_sources, version, capsys):
 def test_with_libcst_it_is_the_same(release_sources, monkeypatch, version):
     root = release_sources(version)
     at_hand = Tree(root)
-    monkeypatch.setattr(tree, "is_built", lambda folder, overlay: False)
+    monkeypatch.setattr(tree, "ours_is_built", lambda: False)
     merged = Tree(root)
     assert (at_hand.built, merged.built) == (True, False)
     assert at_hand.changes() == merged.changes()
@@ -124,6 +124,19 @@ def test_files_of_no_release(sources, capsys):
     assert main(["revert", str(sources)]) == 0
     assert content(sources) == before
     assert main(["diff", str(sources), "--as", "0.33.0"]) == 1  # does not fit
+
+
+def test_as_another_release_and_back(sources, capsys):
+    """What was named when it was applied need not be named again."""
+    for path in releases.known("0.22.1").sources:
+        file = sources / path
+        file.write_bytes(file.read_bytes() + b"# mine\n")
+    before = content(sources)
+    assert main(["apply", str(sources), "--as", "0.22.1"]) == 0
+    assert main(["apply", str(sources)]) == 0
+    assert "nothing to change" in capsys.readouterr().out
+    assert main(["revert", str(sources)]) == 0
+    assert content(sources) == before
 
 
 class TestErrors:

@@ -53,7 +53,7 @@ def test_each_verb_has_help_and_examples(verb, capsys):
         (["status", "--jsn"], "vllm-deepstack status: error: unrecognized arguments: --jsn"),
         (["apply", "a", "b"], "unrecognized arguments: b"),
         (["status", "tree", "--url", "http://x"], "--url is about a server: name no TREE"),
-        (["check"], "the following arguments are required: --model"),
+        (["check"], "name the model: --model, `-- vllm serve MODEL …`"),
     ],
 )
 def test_usage_errors(arguments, words, capsys):

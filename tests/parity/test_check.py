@@ -207,6 +207,20 @@ class TestReport:
         gated = report("m", eager, {"default": result(5, 5)}, reference, max_kl=1e-6)
         assert gated["verdict"] == "diverges"
         jsonschema.validate(gated, SCHEMA)
+        assert JUnitXml.fromstring(junit(gated).encode()).failures == 2  # eager's, too
+        other = result(5.5, 5, prompt=(1, 3))  # Transformers was given other tokens
+        ungated = report("m", eager, {"default": result(5, 5)}, other, max_kl=1e-6)
+        assert (ungated["verdict"], exit_code(ungated)) == ("unknown", 2)
+
+    def test_noise_between_the_tolerance_and_a_large_limit(self):
+        """A text that moved by 5.5 where text alone moves by 3, and the images count by 8."""
+        rows = [request("image", 0, 0, 3), request("text", 5.5, 4, 5)]
+        arms = {"default": result(0, 0, leaks=leaks(*rows, noise=3.0))}
+        one = made(arms, shares=SHARES | {"blank": 8.0, "levels": 8.0})
+        assert one["arms"][1]["verdict"] == "noise"
+        still = [request("image", 0, 0, 3), request("text", 0, 4, 5)]
+        arms = {"default": result(0, 0, leaks=leaks(*still, noise=3.0))}
+        assert made(arms, shares=SHARES)["verdict"] == "agrees"  # nothing is above the tolerance
 
     def test_reports_side_by_side_fit_a_terminal(self):
         reports = [made({"default": result(x, 1e-5)}) for x in (2, 0)]
@@ -238,7 +252,7 @@ class TestReport:
     def test_the_company_of_text_is_the_noise(self):
         """Experts that are chosen, and scales of a quantized step, depend on who else is there."""
         rows = [request("image", 0, 0, 3), request("text", 0.005, 4, 5)]
-        one = made({"default": result(0, 0, leaks=leaks(*rows, noise=0.003))})
+        one = made({"default": result(0, 0, leaks=leaks(*rows, noise=0.003))}, shares=SHARES)
         assert one["verdict"] == "agrees"
         (note,) = [text for text in one["unanswered"] if text.startswith("changes below")]
         assert (
@@ -253,7 +267,9 @@ class TestReport:
     def test_noise_goes_by_the_kind_of_step(self):
         rows = [request("image", 0, 0, 3), request("text", 0.005, 4, 5)]
         single = leaks(*rows, noise=0.003, kind=SINGLE)
-        assert made({"default": result(0, 0, leaks=single)})["verdict"] == "agrees"
+        arms = {"default": result(0, 0, leaks=single)}
+        assert made(arms, shares=SHARES)["verdict"] == "agrees"
+        assert made(arms)["verdict"] == "unknown"  # what the media count is not known
         single["kinds"] = {"image, then text": WHOLE}
         assert made({"default": result(0, 0, leaks=single)})["verdict"] == "leaks"
 

@@ -81,11 +81,12 @@ def check(
         assert isinstance(eager, Result)
         arms = dict(zip([mode.name for mode in modes], [found[job] for job in others]))
         for mode in replays:
-            arms[mode.name] = eager.replays.get(mode.name, EngineError(eager.error))
+            why = eager.replay_error or eager.error
+            arms[mode.name] = eager.replays.get(mode.name, EngineError(why))
         if not args.modes and eager.meta["gpu"]:
             arms = {mode: arm for mode, arm in arms.items() if mode == DEFAULT.name}
         reference = None
-        if args.reference:
+        if args.reference and not eager.meta["pooling"]:
             reference = transformers(args, samples, eager, folder, console)
         reports.append(
             report(eager.meta["model"], eager, arms, reference, args.tolerance, args.max_kl)
@@ -106,7 +107,8 @@ def transformers(
         samples = [
             Sample(s.messages, images=s.images[:count]) for s, count in zip(samples, eager.images)
         ]
-    spec = write_spec(samples, args.samples is None, args.max_tokens, folder)
+    chat = eager.meta["chat"]
+    spec = write_spec(samples, args.samples is None, args.max_tokens, folder, chat=chat)
     job = reference_job(eager.meta["model"], eager.meta["dtype"], folder)
     (found,) = run([job], spec, console, 1)
     return found
@@ -121,12 +123,16 @@ def execute(args: argparse.Namespace, options: list[str]) -> int:
             path.unlink()  # an earlier check's
     folder = args.logs or Path(tempfile.mkdtemp(prefix="check."))
     folder.mkdir(parents=True, exist_ok=True)
+    keeping = bool(args.logs)
     try:
         (result,) = check(args, options, {"": args.vllm}, folder.resolve(), Console(stderr=True))
-    except UserError as error:
-        if not args.logs and not isinstance(error, EngineError):
-            shutil.rmtree(folder)
+        keeping |= any(arm["verdict"] == "failed" for arm in result["arms"])
+    except EngineError:  # which names its log
+        keeping = True
         raise
+    finally:
+        if not keeping:
+            shutil.rmtree(folder)
     for path in files:
         cli.write_json(result, path)
     if args.json == "-":
@@ -141,7 +147,4 @@ def execute(args: argparse.Namespace, options: list[str]) -> int:
         from .page import page
 
         cli.write_text(page(result), args.html)
-    failed = [arm for arm in result["arms"] if arm["reason"] and arm["verdict"] != "not run"]
-    if not args.logs and not failed:
-        shutil.rmtree(folder)
     return exit_code(result)

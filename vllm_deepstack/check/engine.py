@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -109,6 +109,7 @@ def answer(
         "gpu": on_gpu(),
         "pooling": is_pooling(llm),
         **(about or {}),
+        "chat": chat,
     }
     arrays: Arrays = {}
     if job["probes"] and not probing:
@@ -121,19 +122,26 @@ def answer(
         images = limit(config, "image")
         samples = [Sample(s.messages, s.prompt, s.images[:images]) for s in samples]
     arrays |= answers(llm, samples, job["max_tokens"], open_image, chat)
-    save(result, meta, arrays)
-    if probing:
-        print(f"{STAGE}looking for leaks", flush=True)
-        probing.after_media()
-        meta["leaks"] = probing.leaks
-        for number, (probe, served) in enumerate(probing.alone.found.items()):
+    meta["leaks"] = probing.leaks if probing else None
+
+    def keep() -> None:
+        """What there is so far: an engine may die in what it is asked next."""
+        for number, (probe, served) in enumerate(probing.alone.found.items() if probing else ()):
             if served.run:
                 arrays[f"alone_{number}"] = np.array(repr(probe))
                 arrays[f"alone_tokens_{number}"] = served.run.tokens
                 arrays[f"alone_logits_{number}"] = served.run.logits
+        save(result, meta, arrays)
+
+    keep()
+    if probing:
+        print(f"{STAGE}looking for leaks", flush=True)
+        probing.keep = keep
+        probing.after_media()
         if eager:
             meta["shares"] = shares(probing.alone, samples, arrays, chat)
-        save(result, meta, arrays)
+        meta["done"] = True
+        keep()
     return meta, arrays
 
 
@@ -276,13 +284,20 @@ class Probing:
         in_python = partial(replaying, llm, "run") if replay else nullcontext
         self.alone = Alone(llm, self.prompts, flushes, in_python, adapters or {})
         self.leaks: dict[str, Any] = {"text": {}, "streams": {}, "kinds": {}, "not_run": {}}
+        self.keep: Callable[[], None] = lambda: None
+        """Called after each stream."""
 
     def before_media(self) -> None:
         """What text gets alone; and in company in which nobody has a medium, for each kind of
         steps: whole prompts, chunks of them, and one token of a prompt a step."""
         cached = [p for p in self._prefixes() if not self._too_long(p)]
         stream, single = media_then_text(), media_in_pieces(12)
-        self.alone.ask(p for p in [*stream, *single, *cached] if p.medium is None)
+        later = [] if self.replay or is_pooling(self.llm) else self._grammars()
+        later += self._adapted() if self.alone.adapters else []
+        every = [*stream, *single, *cached]
+        self.alone.ask(p for p in every if p.medium is None)
+        with suppress(RefusedError):  # the streams say it
+            self.alone.ask(p for p in later if p.medium is None)
         kinds = {WHOLE: (stream, 0)}
         if can_chunk(self.llm):
             kinds |= {CHUNKS: (stream, max(4, min(self.captured // 5, 16))), SINGLE: (single, 1)}
@@ -311,24 +326,23 @@ class Probing:
             self._serve("features staged in each row, then text", partial(self._poisoned, known[0]))
         if self.replay or is_pooling(self.llm):
             return
-        self._serve("with a grammar beside without", self._with_grammars)
+        grammars, adapted = self._grammars, self._adapted
+        self._serve("with a grammar beside without", lambda: self.alone.in_stream(grammars(), 0))
         if self.alone.adapters:
-            self._serve("with an adapter beside without", self._with_adapters)
+            name = "with an adapter beside without"
+            self._serve(name, lambda: self.alone.in_stream(adapted(), 0))
 
-    def _with_grammars(self) -> Rows:
-        stream = media_then_text()
-        return self.alone.in_stream(
-            [replace(p, medium=None, grammar=n % 2 == 1) for n, p in enumerate(stream)], 0
-        )
+    def _grammars(self) -> list[Probe]:
+        return [
+            replace(p, medium=None, grammar=n % 2 == 1) for n, p in enumerate(media_then_text())
+        ]
 
-    def _with_adapters(self) -> Rows:
+    def _adapted(self) -> list[Probe]:
         names, modality = ["", *self.alone.adapters], next(iter(self.prompts.placeholders), "")
         stream = media_then_text(modality=modality)
         if not self.prompts.placeholders.get(modality):
             stream = [replace(p, medium=None) for p in stream]
-        return self.alone.in_stream(
-            [replace(p, adapter=names[n % len(names)]) for n, p in enumerate(stream)], 0
-        )
+        return [replace(p, adapter=names[n % len(names)]) for n, p in enumerate(stream)]
 
     def _serve(self, name: str, stream: Callable[[], Rows | str], kind: str = WHOLE) -> None:
         """Keeps a stream's requests, or why it was not run; and which kind of steps it has."""
@@ -338,6 +352,7 @@ class Probing:
         except RefusedError as error:
             found = f"refused: {error}"
         self.leaks["not_run" if isinstance(found, str) else "streams"][name] = found
+        self.keep()
 
     def _media_then_text(self, name: str, modality: str) -> Rows:
         stream = media_then_text(modality=modality)

@@ -45,6 +45,8 @@ def cases(arm: dict[str, Any], one: Report) -> list[TestCase]:
         only = arm | {"leaks": {"streams": [stream]}}
         said = "\n".join(sentences(only))
         found.append(test(stream["name"], mode, Failure(said) if leaked(only) else None))
+    if arm["over_kl"]:
+        found.append(test("mean KL to Transformers", mode, Failure(arm["reason"])))
     if arm["verdict"] == "noise":
         found.append(test("noise", mode, Error(arm["reason"])))
     for skipped in (arm["leaks"] or {"not_run": []})["not_run"]:

@@ -7,7 +7,6 @@ another than the installed one. The names are the same from 0.20.0 to 0.33.0.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 from unittest.mock import patch
@@ -64,11 +63,12 @@ def read(options: list[str]) -> Line:
     ]
     if only:
         notes.append(f"what the server alone needs: {' '.join(sorted(only))}")
-    template = args.chat_template
-    if template and Path(template).is_file():
-        template = Path(template).read_text()
+    try:
+        from vllm.renderers.chat_utils import load_chat_template
+    except ImportError:  # up to 0.32
+        from vllm.entrypoints.chat_utils import load_chat_template
     chat = {
-        "chat_template": template,
+        "chat_template": load_chat_template(args.chat_template),
         "chat_template_content_format": args.chat_template_content_format,
         "chat_template_kwargs": getattr(args, "default_chat_template_kwargs", None),
     }

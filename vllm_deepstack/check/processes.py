@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
@@ -50,6 +51,7 @@ class Job:
 
     def start(self, spec: str | Path, pass_fds: tuple[int, ...] = ()) -> None:
         self.result.unlink(missing_ok=True)  # an earlier run's
+        self.ended = False
         with self.log.open("wb") as log:
             command = [
                 sys.executable,
@@ -68,20 +70,24 @@ class Job:
                 pass_fds=pass_fds,
             )
 
-    def stop(self) -> None:
-        """Ends the process, and those that it has started, also if it has ended before them."""
+    def signal(self, number: int) -> None:
+        """To the process, and to those that it has started, also if it has ended before them."""
+        with suppress(ProcessLookupError):  # its group outlives it as long as it has members
+            if self.process and not self.ended:
+                os.killpg(self.process.pid, number)
+
+    def stop(self, seconds: float = 10.0) -> None:
         if self.process is None or self.ended:
             return
-        self.ended = True  # the number may be another's later
         try:
             if self.process.poll() is None:
-                os.killpg(self.process.pid, signal.SIGTERM)
-                self.process.wait(10)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            pass
-        with suppress(ProcessLookupError):  # its group outlives it as long as it has members
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()  # with what it holds of a GPU
+                self.signal(signal.SIGTERM)
+                with suppress(subprocess.TimeoutExpired):
+                    self.process.wait(seconds)
+        finally:
+            self.signal(signal.SIGKILL)
+            self.ended = True  # the number may be another's later
+            self.process.wait()  # with what it holds of a GPU
 
     def stage(self) -> str:
         """What it is doing.
@@ -163,8 +169,15 @@ def stopping(jobs: list[Job]) -> Iterator[None]:
     try:
         yield
     finally:
-        for job in jobs:
-            job.stop()
+        until = time.monotonic() + 10
+        try:
+            for job in jobs:
+                job.signal(signal.SIGTERM)
+            for job in jobs:
+                job.stop(max(0.0, until - time.monotonic()))
+        finally:  # also if somebody loses patience
+            for job in jobs:
+                job.stop(0)
 
 
 def shared_cores(engines: int) -> list[list[int]]:

@@ -17,7 +17,6 @@ def ran(llm: Any) -> dict[str, Any]:
         "eager": bool(config.model_config.enforce_eager),
         "compilation": getattr(compilation.mode, "name", None) or str(compilation.mode),
         "backend": str(compilation.backend or "inductor"),
-        "cudagraphs": getattr(compilation.cudagraph_mode, "name", None) or "NONE",
         "largest_graph": max(sizes, default=0),
         **llm.collective_rpc(of_worker)[0],
     }
@@ -29,7 +28,8 @@ def of_worker(worker: Any) -> dict[str, Any]:
     import vllm.envs
     from vllm.compilation.counter import compilation_counter
 
-    layers = worker.vllm_config.compilation_config.static_forward_context.values()
+    compilation = worker.vllm_config.compilation_config
+    layers = compilation.static_forward_context.values()
     backends = {layer.attn_backend.get_name() for layer in layers if hasattr(layer, "attn_backend")}
     second = any(c.__module__.startswith("vllm.v1.worker.gpu.") for c in kinds(worker.model_runner))
     return {
@@ -37,7 +37,10 @@ def of_worker(worker: Any) -> dict[str, Any]:
         "attention": sorted(backends),
         "compiled": compilation_counter.num_models_seen
         + compilation_counter.stock_torch_compile_count,
-        "graphs": sum(isinstance(each, torch.cuda.CUDAGraph) for each in gc.get_objects()),
+        # Of the type: asking a dead proxy for its class raises.
+        "graphs": sum(issubclass(type(each), torch.cuda.CUDAGraph) for each in gc.get_objects()),
+        # The worker's own, which its model runner may have changed.
+        "cudagraphs": getattr(compilation.cudagraph_mode, "name", None) or "NONE",
         "breakable": bool(getattr(vllm.envs, "VLLM_USE_BREAKABLE_CUDAGRAPH", False)),
         "batch_invariant": bool(getattr(vllm.envs, "VLLM_BATCH_INVARIANT", False)),
     }

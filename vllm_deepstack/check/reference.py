@@ -30,7 +30,7 @@ def main(job: str, result: str, model_path: str, dtype: str) -> None:
     arrays: dict[str, Any] = {}
     for i, sample in enumerate(Sample(**sample) for sample in spec["samples"]):
         print(f"{STAGE}sample {i + 1} of {len(spec['samples'])}", flush=True)
-        inputs = tokenize(processor, sample).to(device)
+        inputs = tokenize(processor, sample, spec["chat"]).to(device)
         with torch.inference_mode():
             output = model.generate(
                 **inputs,
@@ -59,15 +59,23 @@ def load(path: str, dtype: torch.dtype | str) -> Any:
     return auto.from_pretrained(path, dtype=dtype)
 
 
-def tokenize(processor: Any, sample: Sample) -> Any:
-    no_template = not sample.images and getattr(processor, "chat_template", None) is None
+def tokenize(processor: Any, sample: Sample, chat: dict[str, Any]) -> Any:
+    """`chat`: what `LLM.chat` was given."""
+    template = chat.get("chat_template") or getattr(processor, "chat_template", None)
+    no_template = not sample.images and template is None
     if sample.prompt is not None or no_template:
         images = [open_image(path) for path in sample.images]
         given = {"text": [sample.text()]} | ({"images": images} if images else {})
         return processor(**given, return_tensors="pt")
     messages = with_images(sample, lambda path: {"type": "image", "image": open_image(path)})
     return processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        messages,
+        chat_template=template,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        **(chat.get("chat_template_kwargs") or {}),
     )
 
 

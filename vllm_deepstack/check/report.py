@@ -50,11 +50,15 @@ def report(
     unknown = [] if reference is None else other_tokens("Transformers", eager, reference)
     if unknown:
         reference = None
+    ungated = max_kl is not None and reference is None
+    if ungated:
+        unknown.append("the KL to Transformers, which --max-kl asks for")
     found = [arm("eager", eager, eager, reference, limit)]
     found += [arm(mode, eager, result, reference, limit) for mode, result in arms.items()]
     for each in found:
         each["rollout"] = rollout(each["to_transformers"])
         over = max_kl is not None and each["rollout"] and each["rollout"]["mean_kl"] > max_kl
+        each["over_kl"] = bool(over)
         if over and each["verdict"] in ("agrees", "noise"):
             each["verdict"] = "diverges"
             each["reason"] = f"mean KL to Transformers is above {number(max_kl)}"
@@ -80,7 +84,7 @@ def report(
         "arms": found,
         "shares": shares,
         "unanswered": unknown,
-        "verdict": verdict(found, shares, limit),
+        "verdict": verdict(found, shares, limit, ungated),
     }
 
 
@@ -90,7 +94,7 @@ def arm(
     """One engine: its samples to eager's, its requests alone to eager's, and what leaked in it."""
     given: dict[str, Any] = {"mode": mode, "verdict": "", "reason": "", "seconds": None}
     given |= {"samples": [], "to_transformers": [], "alone": None, "leaks": None, "warnings": []}
-    given |= {"ran": None, "noise": {}, "rollout": None}
+    given |= {"ran": None, "noise": {}, "rollout": None, "over_kl": False}
     if isinstance(result, EngineError):
         return given | {"verdict": "failed", "reason": printable(str(result))}
     given["ran"] = result.meta.get("ran")
@@ -133,22 +137,25 @@ def arm(
 
 
 def swallowed(given: Mapping[str, Any], eager: Result, tolerance: float) -> str:
-    """How the limit that batch noise sets is above what a mistake would change; nothing if it is
-    not."""
-    limit = loudest(given, tolerance)
+    """Why the limit that batch noise sets may hide a mistake; nothing if it does not. It may where
+    something is above the tolerance, and the limit is a fourth of what the media count, or more."""
+    limit = loudest(louder(noise_of(eager), given["noise"]), tolerance)
+    moved = [largest(sample) for sample in given["samples"]]
+    moved += [given["alone"]["largest"]] if given["alone"] else []
+    moved += [request["largest"] for request in requests(given)]
     shares = eager.meta.get("shares") or {}
     counts = [shares[name] for name in ("blank", "levels") if shares.get(name) is not None]
-    if limit <= tolerance or limit < min(counts, default=10 * tolerance):
+    if max(moved, default=0.0) <= tolerance or limit < min(counts, default=16 * tolerance) / 4:
         return ""
     text = f"text alone moves text by {number(limit / 2)} in other batches"
     if counts:
-        text += f", and the images count by {number(min(counts))}"
+        text += f", and the media count by {number(min(counts))}"
     return f"{text}; --dtype float32, or VLLM_BATCH_INVARIANT=1, may have less noise"
 
 
-def loudest(given: Mapping[str, Any], tolerance: float) -> float:
-    """The largest limit of an engine's changes."""
-    limits = limits_of(given["noise"], tolerance).values()
+def loudest(noise: Mapping[str, Any], tolerance: float) -> float:
+    """The largest limit of changes."""
+    limits = limits_of(noise, tolerance).values()
     return max([tolerance, *(limit for pair in limits for limit in pair)])
 
 
@@ -179,6 +186,10 @@ def other_tokens(name: str, eager: Result, other: Result) -> list[str]:
         f"sample {i + 1}: {name} was given other tokens than eager: {len(theirs)} and {len(ours)}"
         for i, (ours, theirs) in enumerate(zip(eager.prompts, other.prompts, strict=True))
         if not np.array_equal(ours, theirs)
+    ] + [
+        f"sample {i + 1}: {name} gives logits {ours.logits.shape}, and eager {theirs.logits.shape}"
+        for i, (ours, theirs) in enumerate(zip(other.runs, eager.runs))
+        if ours.logits.shape != theirs.logits.shape
     ]
 
 
@@ -212,7 +223,7 @@ def noise_of(result: Result) -> dict[str, dict[str, float]]:
     """Batch noise: how far the company of text alone moves text on one engine, by kind of step, at
     the first token and later. Other batches have other kernels, experts, and scales."""
     found = {}
-    for kind, rows in result.meta.get("leaks", {}).get("text", {}).items():
+    for kind, rows in (result.meta.get("leaks") or {}).get("text", {}).items():
         moved = [row["difference"] for row in rows if row["difference"]]
         found[kind] = {
             name: finite(max((each[name] or 0.0 for each in moved), default=0.0))
@@ -222,9 +233,12 @@ def noise_of(result: Result) -> dict[str, dict[str, float]]:
 
 
 def limits_of(noise: Mapping[str, Mapping[str, float]], tolerance: float) -> dict[str, Any]:
-    """Twice the batch noise, where that is more than the tolerance: the limit of a change."""
-    decode = max([tolerance, *(2 * each["decode"] for each in noise.values())])
-    return {kind: (max(tolerance, 2 * each["first"]), decode) for kind, each in noise.items()}
+    """Twice the batch noise, where that is more than the tolerance: the limit of a change, at the
+    first token and later."""
+    return {
+        kind: (max(tolerance, 2 * each["first"]), max(tolerance, 2 * each["decode"]))
+        for kind, each in noise.items()
+    }
 
 
 def leaks_of(
@@ -325,13 +339,15 @@ def blind(shares: Mapping[str, Any] | None, limit: float) -> list[str]:
     ]
 
 
-def verdict(arms: list[dict[str, Any]], shares: Mapping[str, Any] | None, limit: float) -> str:
+def verdict(
+    arms: list[dict[str, Any]], shares: Mapping[str, Any] | None, limit: float, ungated: bool
+) -> str:
     states = [each["verdict"] for each in arms]
     for state in WRONG:
         if state in states:
             return state
     asked = any(state == "agrees" for state in states[1:])
-    unsure = {"failed", "noise"} & {*states} or blind(shares, limit)
+    unsure = {"failed", "noise"} & {*states} or blind(shares, limit) or ungated
     return "agrees" if asked and not unsure else "unknown"
 
 
@@ -348,12 +364,11 @@ def unanswered(
     ]
     not_run = [each for a in arms if a["leaks"] for each in a["leaks"]["not_run"]]
     found += dict.fromkeys(f"leaks, {each['name']}: {each['reason']}" for each in not_run)
-    found += [
-        f"changes below {number(loudest(a, limit))} in mode {a['mode']}: batch noise; text alone "
-        f"moves text by {number(loudest(a, limit) / 2)}"
-        for a in arms
-        if a["verdict"] != "noise" and loudest(a, limit) > limit
-    ]
+    for each in arms:
+        loud = loudest(each["noise"], limit)
+        if each["verdict"] != "noise" and loud > limit:
+            text = f"batch noise; text alone moves text by {number(loud / 2)}"
+            found.append(f"changes below {number(loud)} in mode {each['mode']}: {text}")
     found += [f"mode {a['mode']}: {text}" for a in arms for text in a["warnings"]]
     if gpu is False:
         replayed = any(a["mode"] == "replay" and a["samples"] for a in arms)

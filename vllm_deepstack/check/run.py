@@ -37,6 +37,8 @@ class Result:
     """Of its process."""
     error: str = ""
     """How it failed after that."""
+    replay_error: str = ""
+    """How it failed in a mode that it replays in, and that has no result."""
     replays: dict[str, Result] = field(default_factory=dict)
     """By mode, what the same engine gave where its steps were replayed."""
 
@@ -85,14 +87,21 @@ def arm_job(
 
 
 def write_spec(
-    samples: list[Sample], builtin: bool, max_tokens: int, folder: Path, probes: bool = False
+    samples: list[Sample],
+    builtin: bool,
+    max_tokens: int,
+    folder: Path,
+    probes: bool = False,
+    chat: dict[str, Any] | None = None,
 ) -> Path:
-    """A job for engines; with `probes` they look for leaks, too."""
+    """A job for engines; with `probes` they look for leaks, too. `chat`: for Transformers, what
+    `LLM.chat` was given."""
     spec: dict[str, Any] = {
         "samples": [asdict(sample) for sample in samples],
         "builtin": builtin,
         "max_tokens": max_tokens,
         "probes": probes,
+        "chat": chat or {},
     }
     path = folder / "job.json"
     path.write_text(json.dumps(spec))
@@ -148,6 +157,9 @@ def outcomes(
                     if at_once > 1:
                         job.env |= bound(cores)
                     stages[job], started[job] = "", time.monotonic()
+                    for mode in replays_of(job):
+                        earlier = job.result.with_name(f"{mode}.npz")
+                        earlier.unlink(missing_ok=True)
                     job.start(spec)
                     progress.start_task(tasks[job])
             time.sleep(0.2)
@@ -187,13 +199,23 @@ def poll(job: Job, ended: str = "") -> tuple[str, Result | EngineError | None]:
     return stage, load(job) if stage == "done" else None
 
 
+def replays_of(job: Job) -> list[str]:
+    return job.arguments[0].split(",")[1:] if job.module == ENGINE else []
+
+
 def load(job: Job, error: EngineError | None = None) -> Result:
-    """What a job gave in its modes; if it failed, the last of them has the error."""
-    first = last = Result.load(job.result)
-    for mode in job.arguments[0].split(",")[1:] if job.module == ENGINE else ():
+    """What a job gave in its modes; if it failed, the one in which it did has the error: eager, the
+    first that gave nothing, or else the last."""
+    first = Result.load(job.result)
+    done = not replays_of(job) or first.meta.get("done")
+    last = first
+    for mode in replays_of(job):
         file = job.result.with_name(f"{mode}.npz")
         if file.exists():
             last = first.replays[mode] = Result.load(file)
+        elif error and done:
+            first.replay_error = str(error)
+            return first
     if error:
-        last.error = str(error)
+        (last if done else first).error = str(error)
     return first

@@ -13,6 +13,8 @@ from ..merged import module_of, table
 
 REGISTRY = "vllm/model_executor/models/registry.py"
 BACKEND = "Transformers backend"
+ENDING = re.compile(r"(For[A-Z]\w+|(Embedding|Reward|Classification|Chat|LMHead)?Model)$")
+ENDINGS = ("ForConditionalGeneration", "ForCausalLM")
 
 
 def kind_of(name: str, root: Path) -> str | None:
@@ -21,15 +23,19 @@ def kind_of(name: str, root: Path) -> str | None:
     `name` is an architecture, a folder, or a name on the hub. `root` has the vLLM that serves it.
 
     Raises:
-        UserError: there is no configuration, or it names no architecture.
+        UserError: there is no configuration, or it names no architecture, or vLLM does not know
+            the architecture that is named.
     """
     config = configuration(name)
-    architecture = (config.get("architectures") or [name])[0]
-    kind = served_by(architecture, root)
-    if kind is None and levels(config):
-        kind = BACKEND
+    architectures = config.get("architectures") or [name]
+    found, kind = served_by(architectures, root)
+    if not found and not config:
+        raise UserError(f"{name}: no folder, and no architecture that this vLLM knows")
+    if not found and levels(config):
+        return BACKEND
     key = table().levels.get(kind or "")
-    return kind if not config or not key or levels(config) else None
+    # Where a configuration does not say, its class has a default.
+    return None if key and levels(config) is False else kind
 
 
 def configuration(name: str) -> dict[str, Any]:
@@ -55,35 +61,56 @@ def configuration(name: str) -> dict[str, Any]:
         file = Path(cached)
     try:
         config = json.loads(file.read_text())
-        if not config["architectures"]:
+        names = config["architectures"]
+        if not names or not all(isinstance(name, str) for name in names):
             raise KeyError("architectures")
         return config
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: not a model's configuration: {error!r}") from None
 
 
-def levels(config: dict[str, Any]) -> bool:
-    """Whether any part of a configuration has DeepStack levels."""
-    return any(
-        value if key == "deepstack_visual_indexes" else isinstance(value, dict) and levels(value)
+def levels(config: dict[str, Any]) -> bool | None:
+    """Whether any part of a configuration has DeepStack levels; None where none says."""
+    said = [
+        bool(value) if key == "deepstack_visual_indexes" else levels(value)
         for key, value in config.items()
-    )
+        if key == "deepstack_visual_indexes" or isinstance(value, dict)
+    ]
+    known = [each for each in said if each is not None]
+    return any(known) if known else None
 
 
-def served_by(architecture: str, root: Path) -> str | None:
-    """By vLLM's registry, and by what its class inherits."""
+def served_by(architectures: list[str], root: Path) -> tuple[bool, str | None]:
+    """Whether vLLM's registry has one of them, and the model that its class is, or inherits from.
+
+    As vLLM does, an architecture is also looked up with another ending.
+
+    Raises:
+        UserError: there is no registry, or the class is not where it says.
+    """
     file = root / REGISTRY
-    entry = re.search(
-        rf'"{re.escape(architecture)}":\s*\(\s*"([\w.]+)",\s*"(\w+)"', file.read_text()
-    )
-    if not entry:
-        return None
-    module, name = entry.groups()
-    path = f"{module.replace('.', '/')}.py" if "." in module else f"{file.parent / module}.py"
-    found = Files([], root).find((root / path).resolve(), name)
-    kinds = {of: kind for kind, of in table().kinds.items()}
-    for cls in found.lineage if found else ():
-        own = module_of(cls.module.file.relative_to(root.resolve()).as_posix())
-        if kind := kinds.get((own, cls.name)):
-            return kind
-    return None
+    if not file.is_file():
+        raise UserError(f"{file}: missing: --model needs a whole vLLM")
+    text = file.read_text()
+    names = [
+        other
+        for name in architectures
+        for other in (name, *(ENDING.sub("", name) + ending for ending in ENDINGS))
+    ]
+    for name in names:
+        entry = re.search(rf'"{re.escape(name)}":\s*\(\s*"([\w.]+)",\s*"(\w+)"', text)
+        if not entry:
+            continue
+        module, cls = entry.groups()
+        path = root / f"{module.replace('.', '/')}.py" if "." in module else file.parent / module
+        path = path.with_suffix(".py")
+        found = Files([], root).find(path.resolve(), cls)
+        if not found:
+            raise UserError(f"{path}: has no class {cls}, which serves {name}")
+        kinds = {of: kind for kind, of in table().kinds.items()}
+        for one in found.lineage:
+            own = module_of(one.module.file.relative_to(root.resolve()).as_posix())
+            if kind := kinds.get((own, one.name)):
+                return True, kind
+        return True, None
+    return False, None

@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import releases
+from .. import STATE, releases
 from ..cli import UserError
-from ..merged import NONE, File, concerning, path_of, sha256, table, why_unknown
+from ..merged import NONE, File, concerning, lacking, path_of, sha256, table, why_unknown
 from .compile_cache import warnings
+from .models import BACKEND
 from .tree import MIXIN, public_version, transaction, version_of
 
 SCHEMA = 2
@@ -65,6 +66,8 @@ class Status:
             return UNKNOWN
         if any(PRESENT in states.values() for states in self.models.values()):
             return AFFECTED
+        if [*self.models] == [BACKEND] and LEFT in self.models[BACKEND].values():
+            return AFFECTED  # and this model is served in no other way
         return UNKNOWN if self.unknown else CLEAN
 
     def warn(self, text: str) -> None:
@@ -99,6 +102,8 @@ class Status:
         lines += [f"a hint, by lint: {text}" for text in self.hints]
         if self.problem:
             lines.append(f"cannot tell: {self.problem}")
+        elif self.code == AFFECTED and LEFT in self.models.get(BACKEND, {}).values():
+            lines.append("affected")
         elif self.code == AFFECTED:
             lines.append(
                 "affected; to fix it, install vllm-deepstack beside this vLLM, or: vllm-deepstack "
@@ -133,6 +138,8 @@ def status(
         found.overlay = "interrupted"
         found.problem = f"{root}: apply or revert was interrupted; call `revert`, or `apply` again"
         return found
+    if not any((root / path_of(module)).is_file() for module, _ in table().kinds.values()):
+        found.problem = f"{root}: it has none of vLLM's models"
     merged: dict[str, File] = {}
     for model, (module, _) in table().kinds.items():
         if models and model not in models:
@@ -170,13 +177,18 @@ def judge(
     for path in concerning(model):
         sha = sha256(root / path)
         file = table().merged.get(sha) or table().earlier.get(sha)
-        if not file and sha and manifest.get("files", {}).get(path) == sha:
+        put_aside = sha256(root / STATE / "originals" / path)
+        ours = sha and manifest.get("files", {}).get(path) == sha
+        # Of a release's file, it is what another version makes of it.
+        if not file and ours and put_aside not in table().files[path]:
             release = releases.known(manifest["release"])
             file = table().files[path][release.sources.get(path, NONE)]
             found.warn(f"{root / path} was merged from a file that is from no release: not tested")
         if file:
             merged[path] = file
-        if file := served.get(path) or file:
+        if file and path not in served and (missing := lacking(root, file, served)):
+            unknown.append(f"{root / path} needs {missing[0]}, which is not as it was merged")
+        elif file := served.get(path) or file:
             states |= dict.fromkeys(file.fixes.get(model, ()), FIXED)
             if file.version:
                 there |= {*file.left.get(model, ())}
@@ -184,7 +196,7 @@ def judge(
                 states |= dict.fromkeys(file.left.get(model, ()), LEFT)
         elif known := table().files[path].get(sha):
             there |= {*known.fixes.get(model, ()), *known.left.get(model, ())}
-        elif sha:
+        else:
             unknown.append(f"{root / path} {why_unknown(root, root / path)}")
     if unknown:
         found.unknown[model] = unknown

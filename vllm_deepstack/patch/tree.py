@@ -16,7 +16,7 @@ from packaging.version import InvalidVersion, Version
 
 from .. import ROOT, STATE, releases
 from ..cli import UserError, uncollected
-from ..merged import BUILT, FOLDER, NONE, NOTICE, is_built, table
+from ..merged import BUILT, FOLDER, NONE, NOTICE, content, is_built, table
 from . import record
 from .transaction import Files, Transaction, locked
 
@@ -73,13 +73,15 @@ class Tree:
     ):
         self.root = root
         self.overlay = overlay_files(overlay) if isinstance(overlay, Path) else overlay
-        self.built = self.overlay == our_overlay() and (BUILT or is_built(FOLDER, self.overlay))
+        self.built = self.overlay == our_overlay() and ours_is_built()
         if root.is_file():
             raise UserError(f"{root}: is a file; name a folder that contains vllm/")
         self.transaction = transaction(root, self.overlay.keys())
         if self.transaction.read("vllm/__init__.py") is None:
             raise UserError(f"{root}: no vLLM there: it has no vllm/__init__.py")
-        self.release = releases.known(release) if release else self._release()
+        manifest = self.transaction.manifest() or {}
+        named = release or manifest.get("release")
+        self.release = releases.known(named) if named else self._release()
         self.untested: list[str] = []
         """The paths of files that are from no release, and merged all the same."""
 
@@ -142,7 +144,7 @@ class Tree:
             if data is not None and sha in table().merged:
                 known[path] = data
             elif file := table().files.get(path, {}).get(sha):
-                known[path] = file.place.read_bytes() if self.built and file.merged else data or b""
+                known[path] = content(file) if self.built and file.merged else data or b""
             elif data is not None:
                 if sha in table().earlier or NOTICE in data:
                     raise UserError(
@@ -156,10 +158,9 @@ class Tree:
             from ..merge.merge import merge_all
         except ImportError as error:
             names = ", ".join(str(self.root / path) for path in self.untested)
-            raise UserError(
-                f"{names}: from no release that vllm-deepstack knows; to merge it all the same, "
-                f"untested: pip install libcst ({error})"
-            ) from None
+            why = f"{names}: from no release that vllm-deepstack knows; to merge it all the same, "
+            why = f"{why}untested" if names else "to merge another overlay"
+            raise UserError(f"{why}: pip install libcst ({error})") from None
         with uncollected():
             merged = merge_all(self.overlay, upstream, self.release.version)
         return merged | (known if self.built else {})
@@ -265,6 +266,12 @@ class Tree:
 @cache
 def our_overlay() -> dict[str, bytes]:
     return overlay_files(OVERLAY)
+
+
+@cache
+def ours_is_built() -> bool:
+    """Whether the merged files that are at hand are made of this overlay."""
+    return BUILT or is_built(FOLDER, our_overlay())
 
 
 def in_order(paths: Collection[str]) -> list[str]:

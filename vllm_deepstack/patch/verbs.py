@@ -22,10 +22,10 @@ from packaging.version import Version
 
 from .. import OFF, PLUGIN, __version__, cli, is_off, releases
 from ..cli import UserError
-from ..merged import File, Installed, concerning, table
+from ..merged import File, Installed, concerning, content, replaced, table
 from .models import kind_of
-from .status import CLEAN, SCHEMA, UNKNOWN, status
-from .tree import OVERLAY, Tree, our_overlay, overlay_files
+from .status import CLEAN, SCHEMA, UNKNOWN, Status, status
+from .tree import OVERLAY, Tree, ours_is_built, overlay_files, public_version
 
 SOURCE = "vllm_deepstack/__init__.py"  # in the distribution
 TREE = (
@@ -127,7 +127,9 @@ def show_status(args: argparse.Namespace) -> int:
     root = args.tree or installed()
     kinds = [kind] if args.model and (kind := kind_of(args.model, root)) else None
     if args.model and not kinds:
-        print(f"{args.model}: no DeepStack levels, and none of the classes that have them: clean")
+        none = Status(str(root), str(public_version(root) or "") or None)
+        text = f"{args.model}: no DeepStack levels, and none of the classes that have them: clean"
+        print(json.dumps(none.json(), indent=1) if args.json else text)
         return CLEAN
     distribution = plugin(args.tree)
     said, served = plugin_says(root, distribution) if distribution else (None, {})
@@ -240,9 +242,10 @@ def owner_of(root: Path) -> Iterator[None]:
     if found is None or os.geteuid() != 0 or found.st_uid == 0:
         yield
         return
-    our_overlay()
     releases.releases()
-    table()
+    if ours_is_built():
+        for _, file in replaced():
+            content(file)
     with suppress(ImportError):
         import_module("libcst.native")  # which a parser imports when it is first called
     group, groups = os.getegid(), os.getgroups()
