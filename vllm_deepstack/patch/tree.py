@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
 import errno
+import re
 from collections.abc import Collection, Iterator, Mapping, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 
 from .. import ROOT, STATE, releases
 from ..cli import UserError, uncollected
@@ -313,16 +313,10 @@ def transaction(root: Path, paths: Set[str]) -> Transaction:
 
 def version_of(root: Path) -> Version | None:
     """What `_version.py` assigns to `__version__`; None where there is none."""
-    file = root / "vllm" / "_version.py"
-    try:
-        for statement in ast.parse(file.read_bytes()).body:
-            if not isinstance(statement, ast.Assign):
-                continue
-            value, names = statement.value, map(ast.unparse, statement.targets)
-            if isinstance(value, ast.Constant) and "__version__" in names:
-                return Version(str(value.value))
-    except (OSError, InvalidVersion, SyntaxError, ValueError, MemoryError, RecursionError):
-        pass
+    with suppress(OSError, ValueError):
+        text = (root / "vllm" / "_version.py").read_text()
+        if match := re.search(r"^__version__ = (?:version = )?['\"](.+)['\"]$", text, re.MULTILINE):
+            return Version(match[1])
     return None
 
 
