@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from ..cli import UserError
@@ -30,6 +30,10 @@ class Method:
     @property
     def name(self) -> str:
         return self.node.name
+
+    def is_a(self, *decorators: str) -> bool:
+        """Whether a decorator ends in one of these names."""
+        return any(ast.unparse(d).endswith(decorators) for d in self.node.decorator_list)
 
 
 @dataclass(eq=False)
@@ -79,6 +83,8 @@ class Module:
 class Class:
     module: Module
     node: ast.ClassDef
+    sibling: Callable[[str], Class | None]
+    """A class that its file defines or imports, by its name there."""
     bases: list[Class] = field(default_factory=list)
 
     @property
@@ -94,32 +100,45 @@ class Class:
         return list(found)
 
     @cached_property
-    def own(self) -> dict[str, Method]:
-        """Its methods; of a property, what reads it."""
-        found: dict[str, Method] = {}
+    def own(self) -> dict[str, Method | ast.expr]:
+        """Its methods, of a property what reads it; and its attributes."""
+        found: dict[str, Method | ast.expr] = {}
         for node in self.node.body:
             if isinstance(node, Function):
                 found.setdefault(node.name, Method(self, node))
+            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                found[node.targets[0].id] = node.value
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                if node.value:
+                    found[node.target.id] = node.value
         return found
 
-    @cached_property
-    def setters(self) -> dict[str, Method]:
-        """What runs when a property is set, by the property's name; inherited ones, too."""
-        found: dict[str, Method] = {}
-        for cls in self.lineage:
-            for node in cls.node.body:
-                if isinstance(node, Function) and any(
-                    isinstance(d, ast.Attribute) and d.attr == "setter" for d in node.decorator_list
-                ):
-                    found.setdefault(node.name, Method(cls, node))
+    def member(self, name: str, after: Class | None = None) -> Method | ast.expr | None:
+        """What `self.name` is; with `after`, `super().name` in a method of that class."""
+        lineage = self.lineage
+        if after is not None:
+            lineage = lineage[lineage.index(after) + 1 :] if after in lineage else []
+        found = next((cls.own[name] for cls in lineage if name in cls.own), None)
+        if isinstance(found, ast.Attribute) and isinstance(found.value, ast.Name):
+            other = next((c for c in lineage if name in c.own), self).sibling(found.value.id)
+            return other.member(found.attr) if other else found
         return found
 
     def method(self, name: str, after: Class | None = None) -> Method | None:
-        """The one that `self.name` is; with `after`, `super().name` in a method of that class."""
-        lineage = self.lineage
-        if after is not None:
-            lineage = lineage[lineage.index(after) + 1 :]
-        return next((cls.own[name] for cls in lineage if name in cls.own), None)
+        found = self.member(name, after)
+        return found if isinstance(found, Method) else None
+
+    def setter(self, name: str) -> Method | None:
+        """What runs when a property is set."""
+        for cls in self.lineage:
+            for node in cls.node.body:
+                if isinstance(node, Function) and node.name == name:
+                    method = Method(cls, node)
+                    if method.is_a(".setter"):
+                        return method
+            if name in cls.own and not isinstance(cls.own[name], Method):
+                return None
+        return None
 
     def reach(self, *names: str) -> list[Method]:
         """Methods that run when those run, but for `__init__`."""
@@ -138,15 +157,10 @@ class Class:
         for part in ast.walk(node):
             name = own_attribute(part)
             if name and isinstance(getattr(part, "ctx", None), ast.Store):
-                found = self.setters.get(name)
+                found = self.setter(name)
             elif name:
                 found = self.method(name)
-            elif (
-                isinstance(part, ast.Attribute)
-                and isinstance(part.value, ast.Call)
-                and isinstance(part.value.func, ast.Name)
-                and part.value.func.id == "super"
-            ):
+            elif isinstance(part, ast.Attribute) and ast.unparse(part.value).startswith("super("):
                 found = self.method(part.attr, after=method.owner)
             else:
                 continue
@@ -193,7 +207,7 @@ class Files:
             return None
         found = None
         if name in module.classes:
-            found = Class(module, module.classes[name])
+            found = Class(module, module.classes[name], partial(self.find, file))
             for base in found.node.bases:
                 if isinstance(base, ast.Subscript):
                     base = base.value

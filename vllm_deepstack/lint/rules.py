@@ -1,22 +1,25 @@
-"""DS001 to DS006."""
+"""DS001 to DS007."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from .classes import INIT, Class, own_attribute
-from .state import IN_PLACE, KEEPS, Place, State, Write, called, root_attribute
+from .classes import EMBED, Class, own_attribute
+from .state import BIND, CLEAR, EMBEDDING, GONE, NEW, OLD, RUNNING, Reader, Write
+from .values import Cell, Made, Place
 
 
 @dataclass(frozen=True)
 class Rule:
     code: str
+    name: str
     title: str
     why: str
-    find: Callable[[State, str], Iterator[Place]]
+    find: Callable[[Model, Cell], Place | None]
 
 
 @dataclass(frozen=True)
@@ -36,119 +39,86 @@ class Finding:
         return f"{self.cls}.{self.attribute}: {RULES[self.code].why}"
 
 
-def allocations(state: State, attribute: str) -> list[Write]:
-    """Where `__init__` makes its tensors: the storage that a captured graph keeps reading."""
-    return [w for w in state.of(attribute, state.making) if w.makes_tensors]
+class Model:
+    """What a class stages, and what it does with it."""
+
+    def __init__(self, cls: Class):
+        self.cls = cls
+        self.reader = Reader(cls)
+        self.embedded = self.reader.embed()
+        self.staged: dict[Cell, Write] = {}
+        for write in self.reader.writes[EMBEDDING]:
+            bound = write.kind == BIND and not (write.value.tensor or write.value.made)
+            if write.kind != CLEAR and write.value.some and not bound:
+                self.staged.setdefault(write.cell, write)
+        if self.staged:
+            self.ran = self.reader.forward(self.embedded)
+
+    def made(self, cell: Cell) -> frozenset[Made]:
+        """Where `__init__` makes its tensors: the storage that a captured graph keeps reading."""
+        value = self.reader.initial(cell)
+        return value.made if value else frozenset()
+
+    def binds(self, cell: Cell) -> list[Write]:
+        writes = [*self.reader.writes[EMBEDDING], *self.reader.writes[RUNNING]]
+        return [w for w in writes if w.cell == cell and w.kind == BIND and w.value.some]
+
+    @cached_property
+    def listed(self) -> set[Cell]:
+        return self.reader.names_of_buffers()
+
+    def withheld(self, cell: Cell) -> bool:
+        """Whether what a step has left decides if the decoder gets it."""
+        unless = self.reader.handed[cell].unless
+        return any(not w.value.made for other in unless - {cell} for w in self.binds(other))
 
 
-def none_or_tensor(state: State, attribute: str) -> Iterator[Place]:
-    getters = list(returns_none(state, attribute))
-    if getters or attribute in state.cls.setters or allocations(state, attribute):
-        yield from getters[:1]
-        return
-    nones = [w for w in state.of(attribute, [*state.step, *state.making]) if w.none]
-    if nones and any(not w.none for w in state.of(attribute, state.embedding)):
-        yield nones[0]
+def none_or_tensor(model: Model, cell: Cell) -> Place | None:
+    if model.withheld(cell):
+        return model.reader.handed[cell]
+    value = model.reader.initial(cell)
+    absent = cell in model.reader.defaulted if value is None else not value.some
+    return model.staged[cell] if absent else None
 
 
-def returns_none(state: State, attribute: str) -> Iterator[Place]:
-    """Where a method that otherwise returns it gives None, by what a step has left."""
-    for method in state.running:
-        if attribute not in state.returned[method]:
-            continue
-        for node in ast.walk(method.node):
-            if isinstance(node, ast.If) and state.on_state(node.test):
-                for part in node.body:
-                    if isinstance(part, ast.Return) and is_none(part.value):
-                        yield Place(method, part.lineno)
+def outlives(model: Model, cell: Cell) -> Place | None:
+    reader = model.reader
+    if OLD not in model.embedded.marks.get(cell, {OLD}) or model.withheld(cell):
+        return None
+    if model.ran.marks.get(cell) == {GONE} and not model.binds(cell):
+        return None  # the graph has the clearing in it
+    clears = [w for w in reader.writes[RUNNING] if w.cell == cell]
+    return (clears or [model.staged[cell]])[0]
 
 
-def is_none(value: ast.expr | None) -> bool:
-    return value is None or (isinstance(value, ast.Constant) and value.value is None)
+def rebound(model: Model, cell: Cell) -> Place | None:
+    return next(iter(model.binds(cell)), None) if model.made(cell) else None
 
 
-def outlives(state: State, attribute: str) -> Iterator[Place]:
-    if state.renewed(attribute) or state.cleared_always(attribute):
-        return
-    if any(returns_none(state, attribute)):
-        return
-    clearing = state.of(attribute, state.running)
-    yield (clearing or [state.staged[attribute]])[0]
+def unregistered(model: Model, cell: Cell) -> Place | None:
+    value = model.reader.initial(cell)
+    if value is None or not value.made or value.registered or cell in model.listed:
+        return None
+    if model.embedded.marks.get(cell) == {NEW}:
+        return None  # every step writes the rows that it reads
+    return min((made.place for made in value.made), key=lambda place: place.line)
 
 
-def rebound(state: State, attribute: str) -> Iterator[Place]:
-    if not allocations(state, attribute) and attribute not in state.cls.setters:
-        return
-    for write in state.of(attribute, state.step):
-        if write.value is not None and not is_none(write.value):
-            yield write
-            return
+def from_row_0(model: Model, cell: Cell) -> Place | None:
+    names = " ".join(cls.name.lower() for cls in model.cls.lineage)
+    handed = model.reader.handed[cell]
+    experts = handed.experts or "moe" in names or "mixtureofexperts" in names
+    return handed if experts and handed.from_row_0 else None  # overlap is for expert parallelism
 
 
-def unregistered(state: State, attribute: str) -> Iterator[Place]:
-    made = allocations(state, attribute)
-    if not made or state.renewed(attribute):
-        return
-    setter = state.cls.setters.get(attribute)
-    kept = [setter.node] if setter else [m.node for m in state.making]
-    for node in kept:
-        for part in ast.walk(node):
-            if called(part) in KEEPS:
-                words = {n.value for n in ast.walk(part) if isinstance(n, ast.Constant)}
-                if setter or attribute in words:
-                    return
-    yield made[0]
+def on_meta(model: Model, cell: Cell) -> Place | None:
+    if none_or_tensor(model, cell) or any("is_meta" in c.module.text for c in model.cls.lineage):
+        return None  # nothing is read before it is staged, or it looks
+    return next((made.place for made in model.made(cell) if made.on_meta), None)
 
 
-def from_row_0(state: State, attribute: str) -> Iterator[Place]:
-    names = " ".join(cls.name.lower() for cls in state.cls.lineage)
-    if "moe" not in names and "mixtureofexperts" not in names:
-        return  # overlap is for expert parallelism
-    if not (allocations(state, attribute) or attribute in state.cls.setters):
-        return
-    for method in state.running:
-        cleared = [
-            part
-            for node in ast.walk(method.node)
-            if isinstance(node, ast.Call) and called(node) in IN_PLACE
-            for part in ast.walk(node.func)
-        ]
-        levels = {
-            target.id: name
-            for node in ast.walk(method.node)
-            if isinstance(node, ast.comprehension)
-            and (name := next(filter(None, map(own_attribute, ast.walk(node.iter))), None))
-            for target in ast.walk(node.target)
-            if isinstance(target, ast.Name)
-        }
-        for node in ast.walk(method.node):
-            if (
-                isinstance(node, ast.Subscript)
-                and node not in cleared
-                and isinstance(node.slice, ast.Slice)
-                and node.slice.lower is None
-                and node.slice.upper is not None
-                and attribute in (root_attribute(node), levels.get(getattr(node.value, "id", "")))
-                and attribute in state.returned[method] | set(state.handed_on)
-            ):
-                yield Place(method, node.lineno)
-                return
-
-
-def on_meta(state: State, attribute: str) -> Iterator[Place]:
-    if any(none_or_tensor(state, attribute)):
-        return  # nothing is read before it is staged
-    if any("is_meta" in cls.module.text for cls in state.cls.lineage):
-        return
-    for write in allocations(state, attribute):
-        for node in ast.walk(write.method.node):
-            if (
-                isinstance(node, ast.With)
-                and any("_mark_tower_model" in ast.unparse(item) for item in node.items)
-                and node.lineno <= write.line <= (node.end_lineno or 0)
-            ):
-                yield write
-                return
+def wiped(model: Model, cell: Cell) -> Place | None:
+    return model.reader.wiped.get(cell)
 
 
 RULES = {
@@ -156,55 +126,85 @@ RULES = {
     for rule in (
         Rule(
             "DS001",
+            "none-or-tensor",
             "None at some steps, a tensor at others",
             "forward is compiled or captured while it is None, and later tensors are ignored",
             none_or_tensor,
         ),
         Rule(
             "DS002",
+            "stale-staging",
             "not cleared when a graph is replayed",
             "a replayed graph does not clear it, so that later steps read what this one staged",
             outlives,
         ),
         Rule(
             "DS003",
+            "rebound-storage",
             "storage rebound after capture",
             "it is bound to new storage, and a captured graph goes on reading the old",
             rebound,
         ),
         Rule(
             "DS004",
+            "unregistered-state",
             "state outside named_buffers",
             "it is in no named_buffers(): sleep(level=2) loses it, and rows are read unwritten",
             unregistered,
         ),
         Rule(
             "DS005",
+            "rows-from-zero",
             "rows read from 0 under micro-batches",
             "it is read from row 0: with dual-batch overlap the second half reads the first's rows",
             from_row_0,
         ),
         Rule(
             "DS006",
+            "meta-device-state",
             "made on the meta device, and read",
             "it is made with the tower, which is on the meta device where its limits are 0",
             on_meta,
+        ),
+        Rule(
+            "DS007",
+            "wiped-before-read",
+            "wiped before it is read",
+            "forward wipes what this step staged before the decoder gets it",
+            wiped,
         ),
     )
 }
 
 
 def findings(cls: Class) -> Iterator[Finding]:
-    state = State(cls)
-    for attribute, writer in state.staged.items():
-        for rule in RULES.values():
-            for place in rule.find(state, attribute):
-                yield Finding(
-                    rule.code,
-                    place.method.file,
-                    place.line,
-                    place.method.owner.name if place.method.name != INIT else cls.name,
-                    attribute,
-                    writer,
-                    state.handed_on[attribute],
-                )
+    if not stages(cls):
+        return
+    model = Model(cls)
+    for cell, writer in model.staged.items():
+        if reader := model.reader.handed.get(cell):
+            for rule in RULES.values():
+                if place := rule.find(model, cell):
+                    owner = place.method.owner
+                    yield Finding(
+                        rule.code, place.method.file, place.line,
+                        owner.name if owner in cls.lineage else cls.name, str(cell), writer, reader,
+                    )  # fmt: skip
+
+
+def stages(cls: Class) -> bool:
+    """Whether `embed_input_ids` may write anything that outlives it."""
+    for method in cls.reach(EMBED):
+        for node in ast.walk(method.node):
+            target = node.func.value if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else node  # noqa: E501
+            if isinstance(node, ast.Call) and "embed" not in ast.unparse(node.func):
+                if (name := own_attribute(target)) and not cls.method(name):
+                    return True
+                if name := getattr(node.func, "attr", "") or getattr(node.func, "id", ""):
+                    if name.endswith("_") or name in ("setattr",) or any(k.arg == "out" for k in node.keywords):
+                        return True
+            if own_attribute(node) and isinstance(node.ctx, ast.Store):
+                return True
+            if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
+                return True
+    return False
