@@ -61,6 +61,10 @@ class Module:
         return {node.name: node for node in self.body if isinstance(node, ast.ClassDef)}
 
     @cached_property
+    def functions(self) -> dict[str, Function]:
+        return {node.name: node for node in self.body if isinstance(node, Function)}
+
+    @cached_property
     def imports(self) -> dict[str, tuple[Path, str]]:
         """Where a name comes from, and what it is called there."""
         found = {}

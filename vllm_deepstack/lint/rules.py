@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from .classes import EMBED, Class, own_attribute
+from .classes import Class, Method
 from .state import BIND, CLEAR, EMBEDDING, GONE, NEW, OLD, RUNNING, Reader, Write
 from .values import Cell, Made, Place
 
@@ -64,8 +64,19 @@ class Model:
         return [w for w in writes if w.cell == cell and w.kind == BIND and w.value.some]
 
     @cached_property
-    def listed(self) -> set[Cell]:
-        return self.reader.names_of_buffers()
+    def listed(self) -> set[str]:
+        """What a `named_buffers` of its own names, also through properties."""
+        found, left = set[str](), {"named_buffers"}
+        while left:
+            member = self.cls.member(name := left.pop())
+            found.add(name)
+            node = member.node if isinstance(member, Method) else member
+            left |= (
+                {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)} - found
+                if node
+                else set()
+            )
+        return found
 
     def withheld(self, cell: Cell) -> bool:
         """Whether what a step has left decides if the decoder gets it."""
@@ -75,7 +86,7 @@ class Model:
 
 def none_or_tensor(model: Model, cell: Cell) -> Place | None:
     if model.withheld(cell):
-        return model.reader.handed[cell]
+        return model.reader.handed[cell].place
     value = model.reader.initial(cell)
     absent = cell in model.reader.defaulted if value is None else not value.some
     return model.staged[cell] if absent else None
@@ -97,7 +108,7 @@ def rebound(model: Model, cell: Cell) -> Place | None:
 
 def unregistered(model: Model, cell: Cell) -> Place | None:
     value = model.reader.initial(cell)
-    if value is None or not value.made or value.registered or cell in model.listed:
+    if value is None or not value.made or value.registered or cell.name in model.listed:
         return None
     if model.embedded.marks.get(cell) == {NEW}:
         return None  # every step writes the rows that it reads
@@ -108,7 +119,9 @@ def from_row_0(model: Model, cell: Cell) -> Place | None:
     names = " ".join(cls.name.lower() for cls in model.cls.lineage)
     handed = model.reader.handed[cell]
     experts = handed.experts or "moe" in names or "mixtureofexperts" in names
-    return handed if experts and handed.from_row_0 else None  # overlap is for expert parallelism
+    if not (experts and handed.from_row_0):
+        return None  # overlap is for expert parallelism
+    return model.reader.sliced[cell]
 
 
 def on_meta(model: Model, cell: Cell) -> Place | None:
@@ -178,8 +191,6 @@ RULES = {
 
 
 def findings(cls: Class) -> Iterator[Finding]:
-    if not stages(cls):
-        return
     model = Model(cls)
     for cell, writer in model.staged.items():
         if reader := model.reader.handed.get(cell):
@@ -188,23 +199,5 @@ def findings(cls: Class) -> Iterator[Finding]:
                     owner = place.method.owner
                     yield Finding(
                         rule.code, place.method.file, place.line,
-                        owner.name if owner in cls.lineage else cls.name, str(cell), writer, reader,
+                        owner.name if owner in cls.lineage else cls.name, str(cell), writer, reader.place,
                     )  # fmt: skip
-
-
-def stages(cls: Class) -> bool:
-    """Whether `embed_input_ids` may write anything that outlives it."""
-    for method in cls.reach(EMBED):
-        for node in ast.walk(method.node):
-            target = node.func.value if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else node  # noqa: E501
-            if isinstance(node, ast.Call) and "embed" not in ast.unparse(node.func):
-                if (name := own_attribute(target)) and not cls.method(name):
-                    return True
-                if name := getattr(node.func, "attr", "") or getattr(node.func, "id", ""):
-                    if name.endswith("_") or name in ("setattr",) or any(k.arg == "out" for k in node.keywords):
-                        return True
-            if own_attribute(node) and isinstance(node.ctx, ast.Store):
-                return True
-            if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
-                return True
-    return False

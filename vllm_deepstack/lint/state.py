@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import partial, reduce
 
 from .classes import EMBED, FORWARD, INIT, Class, Function, Method
-from .values import (
-    ARGUMENTS, LEVEL, NONE, PART, ROWS, UNKNOWN, WHOLE, Cell, Instance, Made, Place, Ref, Value,
-    join, union,
-)  # fmt: skip
+from .values import ARGUMENTS, LEVEL, NONE, PART, ROWS, UNKNOWN, WHOLE
+from .values import Cell, Instance, Made, Place, Ref, Value, join, union
 
 MAKING, EMBEDDING, RUNNING = range(3)
 BIND, CLEAR, FILL, STAGE = "bind", "clear", "fill", "stage"
 OLD, CLEAN, NEW, READ, GONE = "old", "clean", "new", "read", "gone"
-"""What an attribute holds: what an earlier call left, nothing, new contents in all rows; in
-`forward`, what the decoder has read, and that it was cleared since."""
-SIZES = {"size", "shape", "device", "dtype", "numel", "dim", "ndim", "is_meta", "item", "stride"}
-VIEWS = {"view", "reshape", "narrow", "unsqueeze", "squeeze", "transpose", "permute", "expand"}
-VIEWS |= {"t", "T", "flatten", "unbind", "chunk", "split", "select", "detach", "data", "values"}
-VIEWS |= {"items", "tensors", "unflatten", "unfold", "get", "view_as", "expand_as"}
-SHAPED = {"expand_as", "view_as", "type_as", "reshape_as"}
-CONTAINERS = {"dict", "list", "tuple", "sorted", "reversed", "set", "next", "iter", "cast"}
-SETTINGS = {"requires_grad_", "share_memory_", "pin_memory_", "retain_grad_"}
-NOT_TENSORS = {"device", "dtype", "compile", "finfo", "iinfo", "no_grad", "get_default_dtype"}
+"""What an attribute holds: what was there before; nothing; new contents in all rows; what the
+decoder has read; nothing, since the decoder read it."""
+SIZES = {"size", "shape", "device", "dtype", "numel", "dim", "ndim", "item", "stride"}
+VIEWS = {"view", "reshape", "unsqueeze", "squeeze", "transpose", "permute", "expand", "t", "T"}
+VIEWS |= {"flatten", "unbind", "chunk", "split", "select", "detach", "data", "values", "items"}
+VIEWS |= {"expand_as", "view_as", "get"}
 ADDS = {"append", "extend", "update", "setdefault", "insert", "add"}
+OVERWRITES = {"copy_", "fill_", "normal_", "uniform_"}
+SETTINGS = {"requires_grad_", "share_memory_", "pin_memory_"}
+PLAIN = {"range", "len", "isinstance", "hasattr", "int", "bool", "any", "all", "type"}
+CONTAINERS = {"dict", "list", "tuple", "sorted", "reversed", "set", "next", "iter", "cast"}
 DEPTH = 12
+Given = tuple[list[Value], dict[str, Value]]
 
 
 @dataclass(frozen=True)
@@ -38,13 +36,14 @@ class Write(Place):
     value: Value
 
 
-@dataclass(frozen=True)
-class Handed(Place):
+@dataclass
+class Handed:
     """What reaches a call of a submodule."""
 
-    unless: frozenset[Cell]
-    from_row_0: bool
-    experts: bool
+    place: Place
+    unless: frozenset[Cell] = frozenset()
+    from_row_0: bool = False
+    experts: bool = False
 
 
 @dataclass
@@ -61,9 +60,9 @@ class State:
 @dataclass
 class Frame:
     method: Method
-    instance: Instance | None
+    on: Instance | None
     exits: list[tuple[State, Value, bool]] = field(default_factory=list)
-    yielded: Callable[[Value], None] | None = None
+    """The bool: whether it depends on what the step is given."""
 
 
 class Reader:
@@ -71,81 +70,62 @@ class Reader:
 
     def __init__(self, cls: Class):
         self.root = Instance(cls)
-        self.phase = MAKING
-        self.state: State | None = None
+        self.phase, self.in_tower = MAKING, False
+        self.state: State | None = None  # None: no path leads here
         self.frames: list[Frame] = []
-        self.asked: frozenset[Cell] = frozenset()
-        """What the conditions around a statement depend on."""
-        self.in_tower = False
-        self.writes: dict[int, list[Write]] = {MAKING: [], EMBEDDING: [], RUNNING: []}
+        self.asked: frozenset[Cell] = frozenset()  # by the conditions around a statement
+        self.writes: tuple[list[Write], ...] = ([], [], [])
         self.handed: dict[Cell, Handed] = {}
-        self.wipes: dict[Cell, Place] = {}
-        self.wiped: dict[Cell, Place] = {}
-        self.recomputed: set[object] = set()
+        self.wipes: dict[Cell, Place] = {}  # the latest
+        self.wiped: dict[Cell, Place] = {}  # and then read
+        self.sliced: dict[Cell, Place] = {}
+        self.recomputed: set[object] = set()  # bindings, to what `forward` has from its arguments
         self.defaulted: set[Cell] = set()
-        self.read: set[Cell] = set()
-
-    # Phases
 
     def embed(self) -> State:
         return self.step(EMBEDDING, EMBED, {})
 
     def forward(self, embedded: State) -> State:
-        heap = {
-            cell: join(self.initial(cell), value) if self.initial(cell) else value
-            for cell, value in embedded.heap.items()
-        }
-        return self.step(RUNNING, FORWARD, heap)
+        return self.step(RUNNING, FORWARD, (self.merge(State(), embedded) or embedded).heap)
 
     def step(self, phase: int, name: str, heap: dict[Cell, Value]) -> State:
-        self.phase, self.state = phase, State(heap)
-        method = self.root.cls.method(name)
+        self.phase, self.state, method = phase, State(heap), self.root.cls.method(name)
         assert method
-        arguments = method.node.args
-        optional = {a.arg for a in arguments.args[len(arguments.args) - len(arguments.defaults) :]}
-        optional |= {a.arg for a in arguments.kwonlyargs}
-        step = frozenset([ARGUMENTS])
+        args, step = method.node.args, frozenset([ARGUMENTS])
+        optional = {a.arg for a in args.args[len(args.args) - len(args.defaults) :]}
+        optional |= {a.arg for a in args.kwonlyargs}
+        value = Value(data=step, deps=step, tensor=True)
         given = {
-            a.arg: Value(
-                data=step, deps=step, tensor=True, none=a.arg in optional,
-                optional=a.arg in optional,
-            )
-            for a in (*arguments.args[1:], *arguments.kwonlyargs)
-        }  # fmt: skip
-        self.call(method, self.root, [], given)
+            a.arg: replace(value, none=a.arg in optional, optional=a.arg in optional)
+            for a in (*args.args[1:], *args.kwonlyargs)
+        }
+        self.call(method, self.root, ([], given))
         return self.state or State()
-
-    def names_of_buffers(self) -> set[Cell]:
-        """What a `named_buffers` of its own reads."""
-        self.read = set()
-        if method := self.root.cls.method("named_buffers"):
-            self.phase, self.state = MAKING, State()
-            self.call(method, self.root, [], {})
-        return self.read
 
     def initial(self, cell: Cell) -> Value | None:
         owner = cell.owner
-        if owner.initial is None:
-            owner.initial = {}
-            kept = self.phase, self.state, self.frames, self.asked, self.in_tower
-            self.phase, self.state, self.in_tower = MAKING, State(), owner.in_tower
-            self.frames, self.asked = kept[2][-1:] if owner is not self.root else [], frozenset()
+        if owner.initial is None and owner.cls:
+            owner.initial, kept = {}, (self.phase, self.state, self.asked, self.in_tower)
+            self.phase, self.state, self.asked = MAKING, State(), frozenset()
+            self.in_tower = owner.in_tower
             if method := owner.cls.method(INIT):
-                self.call(method, owner, owner.arguments, owner.keywords)
-            else:
-                names = [n.target.id for n in owner.cls.node.body if is_field(n)]  # type: ignore
-                values = {**dict(zip(names, owner.arguments)), **owner.keywords}
-                self.state.heap = {Cell(owner, name): v for name, v in values.items()}
+                self.call(method, owner, owner.given)
+            else:  # of a dataclass
+                fields = [n.target for n in owner.cls.node.body if isinstance(n, ast.AnnAssign)]
+                values = dict(zip([getattr(f, "id", "") for f in fields], owner.given[0]))
+                self.state.heap = {
+                    Cell(owner, k): v for k, v in {**values, **owner.given[1]}.items()
+                }
             owner.initial = self.state.heap if self.state else {}
-            self.phase, self.state, self.frames, self.asked, self.in_tower = kept
-        if cell in owner.initial:
-            return owner.initial[cell]
-        value = owner.cls.member(cell.name)
-        if isinstance(value, ast.Constant):
-            return Value(const=value.value, none=is_none(value), some=not is_none(value))
-        return Value(listed=True) if isinstance(value, (ast.List, ast.Dict)) else None
+            self.phase, self.state, self.asked, self.in_tower = kept
+        if cell in (owner.initial or {}):
+            return (owner.initial or {})[cell]
+        member = owner.cls and owner.cls.member(cell.name)
+        if isinstance(member, ast.Constant):
+            return NONE if member.value is None else Value(const=member.value)
+        return Value(listed=True) if isinstance(member, (ast.List, ast.Dict)) else None
 
-    # Attributes
+    # What happens to an attribute
 
     @property
     def now(self) -> State:
@@ -155,151 +135,129 @@ class Reader:
     def place(self, node: ast.AST) -> Place:
         return Place(self.frames[-1].method, getattr(node, "lineno", 1))
 
-    def load(self, instance: Instance, name: str) -> Value:
-        cell = Cell(instance, name)
-        self.read.add(cell)
-        value = instance.cls.member(name)
-        if isinstance(value, Method):
-            if value.is_a("property"):
-                return self.call(value, instance, [], {})
-            return Value(method=(value, instance))
-        if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.args:
-            if value.func.id == "property" and isinstance(value.args[0], ast.Lambda):
-                return self.apply(value.args[0], [Value(holds=instance)])
-        held = self.now.heap.get(cell) or self.initial(cell)
-        cells = frozenset([cell])
-        if held is None:
-            return Value(frozenset([Ref(cell, WHOLE, self.now.bound.get(cell))]), deps=cells)
+    def load(self, on: Instance, name: str) -> Value:
+        cell, member = Cell(on, name), on.cls.member(name)
+        if isinstance(member, Method):
+            bound = Value(method=(member, on))
+            return self.call(member, on, ([], {})) if member.is_a("property") else bound
+        held = self.now.heap.get(cell) or self.initial(cell) or Value()
+        deps = held.deps | {cell}
         if held.holds or held.refs:
-            return replace(held, deps=held.deps | cells)
-        if held.const is not UNKNOWN and self.phase != MAKING and cell not in self.now.heap:
+            return replace(held, deps=deps)
+        if cell not in self.now.heap:
             held = replace(held, const=UNKNOWN)  # as a step has left it, not as it began
-        refs = frozenset([Ref(cell, WHOLE, self.now.bound.get(cell))])
-        return replace(held, refs=refs, data=frozenset(), deps=held.deps | cells, items=None)
+        ref = Ref(cell, WHOLE, self.now.bound.get(cell))
+        return replace(held, refs=frozenset([ref]), data=frozenset(), deps=deps, items=None)
 
-    def store(self, instance: Instance, name: str, value: Value, node: ast.AST) -> None:
-        if setter := instance.cls.setter(name):
-            self.call(setter, instance, [value], {})
-            return
-        cell = Cell(instance, name)
-        held = self.now.heap.get(cell) or (self.initial(cell) if self.phase != MAKING else None)
-        if value.holds and held and held.holds and held.holds is not value.holds:
-            for part in held.holds.initial or {}:
-                new = self.load(value.holds, part.name)
-                self.write(BIND, part, new.computed() if new.refs else new, node)
+    def store(self, on: Instance, name: str, value: Value, node: ast.AST) -> None:
+        if setter := on.cls.setter(name):
+            self.call(setter, on, ([value], {}))
             return
         if value.holds and not value.holds.path:
-            value.holds.path = f"{instance.path}.{name}".lstrip(".")
-        self.write(BIND, cell, value, node)
+            value.holds.path = f"{on.path}.{name}".lstrip(".")
+        self.write(BIND, Cell(on, name), value, node)
 
     def write(self, kind: str, cell: Cell, value: Value, node: ast.AST) -> None:
-        place, state = self.place(node), self.now
+        place, state, own = self.place(node), self.now, cell in value.cells
         self.writes[self.phase].append(Write(place.method, place.line, cell, kind, value))
-        own = cell in value.cells
         if kind == BIND:
-            if self.phase == RUNNING and value.refs and not own:
-                state.heap[cell] = value
-            else:
-                state.heap[cell] = replace(value, refs=frozenset(), data=value.cells, items=None)
-                if self.phase == MAKING:
-                    state.heap[cell] = value
+            alias = self.phase == MAKING or (self.phase == RUNNING and value.refs and not own)
+            stored = value if alias else replace(value, refs=frozenset(), data=value.cells)
+            state.heap[cell] = replace(stored, items=None)
             if not own:
-                token = state.bound[cell] = object()
-                if self.phase == RUNNING and ARGUMENTS in value.data:
-                    self.recomputed.add(token)
+                state.bound[cell] = object()
         if self.phase == MAKING or own or kind == STAGE:
             return
-        if kind == BIND and self.phase == RUNNING and cell in self.asked:
-            return  # it grows
-        before = state.marks.get(cell, frozenset([OLD]))
+        new = kind != CLEAR and ARGUMENTS in value.data
+        if self.phase == RUNNING and kind == BIND:
+            if new:
+                self.recomputed.add(state.bound[cell])
+            if cell in self.asked:
+                return  # it grows
         after = NEW if kind == FILL else CLEAN
-        state.marks[cell] = frozenset(GONE if mark in (READ, GONE) else after for mark in before)
-        if self.phase == RUNNING and not (kind != CLEAR and ARGUMENTS in value.data):
+        before = state.marks.get(cell, {OLD})
+        state.marks[cell] = frozenset(GONE if m in (READ, GONE) else after for m in before)
+        if self.phase == RUNNING and not new:
             self.wipes[cell] = place
 
     def change(self, target: Value, kind: str, value: Value, node: ast.AST) -> None:
         """In place."""
         for ref in target.refs:
-            own = ref.cell in value.cells
-            partly = kind in (CLEAR, FILL) and (ref.extent == PART or own)
-            if not (partly and kind == CLEAR):
-                self.write(STAGE if partly else kind, ref.cell, value, node)
+            if ref.extent != PART and ref.cell not in value.cells:
+                self.write(kind, ref.cell, value, node)
+            elif kind != CLEAR:
+                self.write(STAGE, ref.cell, value, node)
 
     def use(self, value: Value) -> None:
-        """Its contents are read, in `forward`."""
-        if self.phase == RUNNING and self.state:
-            for ref in value.refs:
-                marks = self.state.marks.get(ref.cell, frozenset())
-                current = ref.bound is self.state.bound.get(ref.cell)
-                if current and marks & {CLEAN, NEW} and ref.cell in self.wipes:
-                    if ref.bound not in self.recomputed:
-                        self.wiped.setdefault(ref.cell, self.wipes[ref.cell])
+        for ref in value.refs if self.phase == RUNNING and self.state else ():
+            current = ref.bound is self.now.bound.get(ref.cell) not in self.recomputed
+            if current and self.now.marks.get(ref.cell, frozenset()) & {CLEAN, NEW}:
+                if ref.cell in self.wipes:
+                    self.wiped.setdefault(ref.cell, self.wipes[ref.cell])
 
-    def hand_on(self, node: ast.Call, values: list[Value], callee: Instance | None) -> None:
-        if self.phase != RUNNING:
-            return
-        experts = callee is not None and "FusedMoE(" in callee.cls.module.text
-        place = self.place(node)
-        for value in values:
+    def slice(self, value: Value, node: ast.AST) -> None:
+        for cell in value.cells if self.phase == RUNNING else ():
+            self.sliced.setdefault(cell, self.place(node))
+
+    def hand_on(self, node: ast.Call, on: Instance | None) -> Value:
+        """To a submodule."""
+        values, keywords = self.arguments(node)
+        values = [*values, *keywords.values()]
+        for value in values if self.phase == RUNNING else ():
             self.use(value)
-            rows = {ref.cell for ref in value.refs if ref.extent == ROWS}
-            new = {ref.cell for ref in value.refs if ref.bound in self.recomputed}
-            for cell in value.cells - new:
-                before = self.handed.get(cell)
-                self.handed[cell] = Handed(
-                    before.method if before else place.method,
-                    before.line if before else place.line,
-                    value.unless | (before.unless if before else frozenset()),
-                    cell in rows or (before is not None and before.from_row_0),
-                    experts or (before is not None and before.experts),
-                )
-        if callee and (method := callee.cls.method(FORWARD)):
-            self.call_node(method, callee, node)
-        for cell in {cell for value in values for cell in value.cells}:
-            self.now.marks[cell] = frozenset([READ])
+            for cell in value.cells - {r.cell for r in value.refs if r.bound in self.recomputed}:
+                handed = self.handed.setdefault(cell, Handed(self.place(node)))
+                handed.unless |= value.unless
+                handed.from_row_0 |= any(r.cell == cell and r.extent == ROWS for r in value.refs)
+                handed.experts |= on is not None and "FusedMoE(" in on.cls.module.text
+        if self.phase == RUNNING:
+            if on and (method := on.cls.method(FORWARD)):
+                self.call(method, on, self.arguments(node))
+            for cell in union(values).cells if self.state else ():
+                self.now.marks[cell] = frozenset([READ])
+        deps = union(values).deps
+        return Value(data=deps & {ARGUMENTS}, deps=deps, tensor=True)
 
     # Paths
 
-    def merge(self, a: State | None, b: State | None, by: Value | None = None) -> State | None:
+    def merge(
+        self, a: State | None, b: State | None, deps: frozenset[Cell] | None = None
+    ) -> State | None:
+        """`deps`: of the condition between them."""
         if a is None or b is None:
             return a or b
-        deps = by.deps if by else frozenset()
-        lenient = by is not None and self.phase == EMBEDDING and ARGUMENTS not in deps
-        found = State()
+        found, both = State(), (a, b)
         for cell in {*a.heap, *b.heap}:
-            values = [v for s in (a, b) if (v := s.heap.get(cell) or self.initial(cell))]
+            values = [v for s in both if (v := s.heap.get(cell) or self.initial(cell))]
             found.heap[cell] = join(*values)
         for cell in {*a.marks, *b.marks}:
-            marks = [s.marks.get(cell, frozenset([OLD])) for s in (a, b)]
-            found.marks[cell] = marks[0] | marks[1]
-            if lenient and (marks[0] | marks[1]) & {CLEAN, NEW}:
-                found.marks[cell] -= {OLD}  # nothing was there, or the same holds at every step
+            found.marks[cell] = frozenset().union(*(s.marks.get(cell, {OLD}) for s in both))
+            if deps is not None and self.phase == EMBEDDING and ARGUMENTS not in deps:
+                if found.marks[cell] & {CLEAN, NEW}:
+                    found.marks[cell] -= {OLD}  # nothing is there, or it is so at every step
         for cell in {*a.bound, *b.bound}:
             one, two = a.bound.get(cell), b.bound.get(cell)
             found.bound[cell] = one if one is two else object()
         for name in {*a.names, *b.names}:
-            values = [s.names[name] for s in (a, b) if name in s.names]
-            found.names[name] = join(*values)
-            if len({v.some for v in values}) == 2 and found.names[name].cells:
-                value = found.names[name]
-                found.names[name] = replace(value, unless=value.unless | deps)
+            values = [s.names[name] for s in both if name in s.names]
+            value = join(*values)
+            withheld = value.cells and len({v.some for v in values}) == 2
+            more = deps if withheld and deps else frozenset()
+            found.names[name] = replace(value, unless=value.unless | more)
         return found
 
-    def branch(self, test: ast.expr, then: Callable[[], Value], other: Callable[[], Value]) -> Value:
-        by, before, asked = self.ev(test), self.state, self.asked
+    def branch(self, test: ast.expr, *bodies: Callable[[], Value]) -> Value:
+        deps, before, asked = self.ev(test).deps, self.now, self.asked
         known, values, states = self.truth(test), [], []
-        for truth, body in ((True, then), (False, other)):
-            if known is (not truth) or before is None:
-                continue
-            self.state = before.copy()
-            self.asked = asked | by.deps
-            self.refine(test, truth)
-            values.append(body())
-            states.append(self.state)
-        self.asked = asked
-        self.state = reduce(lambda a, b: self.merge(a, b, by), states)
-        if len(states) == 2 and None in states:
-            self.asked |= by.deps  # the rest runs where this path has not left
+        for truth, body in zip((True, False), bodies):
+            if known is not (not truth):
+                self.state, self.asked = before.copy(), asked | deps
+                self.refine(test, truth)
+                values.append(body())
+                states.append(self.state)
+        left = len(states) == 2 and None in states  # the rest runs where one path has not left
+        self.asked = asked | deps if left else asked
+        self.state = reduce(partial(self.merge, deps=deps), states)
         return join(*values)
 
     def truth(self, test: ast.expr) -> bool | None:
@@ -307,41 +265,35 @@ class Reader:
             found = self.truth(test.operand)
             return None if found is None else not found
         if isinstance(test, ast.BoolOp):
-            every = [self.truth(value) for value in test.values]
-            decides = isinstance(test.op, ast.Or)
-            if decides in every:
-                return decides
-            return None if None in every else not decides
+            every, decides = [self.truth(v) for v in test.values], isinstance(test.op, ast.Or)
+            return decides if decides in every else None if None in every else not decides
         if isinstance(test, ast.Compare) and is_none(test.comparators[0]):
             value = self.ev(test.left)
-            if value.none and value.some:
-                return None
-            return value.none == isinstance(test.ops[0], (ast.Is, ast.Eq))
+            same = value.none == isinstance(test.ops[0], (ast.Is, ast.Eq))
+            return None if value.none and value.some else same
         value = self.ev(test)
-        if not value.some:
-            return False
-        return None if value.const is UNKNOWN else bool(value.const)
+        unknown = value.const is UNKNOWN and value.some
+        return None if unknown else value.some and bool(value.const)
 
     def refine(self, test: ast.expr, truth: bool) -> None:
         """What a condition says of what it looks at."""
         if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
             self.refine(test.operand, not truth)
         elif isinstance(test, ast.BoolOp):
-            if truth == isinstance(test.op, ast.And):
-                for value in test.values:
-                    self.refine(value, truth)
+            for value in test.values if truth == isinstance(test.op, ast.And) else ():
+                self.refine(value, truth)
         elif isinstance(test, ast.Compare) and is_none(test.comparators[0]):
             self.refine(test.left, truth != isinstance(test.ops[0], (ast.Is, ast.Eq)))
         elif isinstance(test, (ast.Name, ast.Attribute)) or called(test) == "getattr":
             value = self.ev(test)
-            if isinstance(test, ast.Name) and test.id in self.now.names and truth:
-                self.now.names[test.id] = value.known()
-            if not truth:
-                for ref in value.refs:
-                    if ref.extent == WHOLE:
-                        self.now.marks[ref.cell] = frozenset()  # there is none
+            if truth and isinstance(test, ast.Name) and test.id in self.now.names:
+                there = replace(value, none=False, some=True, optional=False, unless=frozenset())
+                self.now.names[test.id] = there
+            for ref in () if truth else value.refs:
+                if ref.extent == WHOLE:
+                    self.now.marks[ref.cell] = frozenset()  # there is no such state
 
-    def run(self, body: Iterable[ast.stmt]) -> Value:
+    def run(self, body: list[ast.stmt]) -> Value:
         for statement in body:
             if self.state is None:
                 break
@@ -353,9 +305,6 @@ class Reader:
             if isinstance(part, ast.expr):
                 self.ev(part)
 
-    def run_FunctionDef(self, node: Function) -> None:
-        self.now.names[node.name] = Value(method=(Method(self.frames[-1].method.owner, node), None))
-
     def run_Assign(self, node: ast.Assign) -> None:
         value = self.ev(node.value)
         for target in node.targets:
@@ -366,117 +315,97 @@ class Reader:
             self.assign(node.target, self.ev(node.value), node)
 
     def run_AugAssign(self, node: ast.AugAssign) -> None:
-        before, value = self.ev(as_load(node.target)), self.ev(node.value)
-        if before.refs and (before.tensor or before.made or not isinstance(node.target, ast.Attribute)):
+        before, value = self.ev(node.target), self.ev(node.value)
+        if before.refs and (before.tensor or before.made):
             self.change(before, STAGE, value, node)
         elif not isinstance(node.target, ast.Subscript):
             self.assign(node.target, union([before.computed(), value]), node)
 
-    def run_Return(self, node: ast.Return) -> None:
-        value = self.ev(node.value) if node.value else replace(NONE, unless=self.asked)
-        given = ARGUMENTS in self.asked
-        self.frames[-1].exits.append((self.now, value, given))
+    def run_Return(self, node: ast.Return | ast.Raise) -> None:
+        if isinstance(node, ast.Return):
+            value = self.ev(node.value) if node.value else replace(NONE, unless=self.asked)
+            self.frames[-1].exits.append((self.now, value, ARGUMENTS in self.asked))
         self.state = None
 
-    def run_Raise(self, node: ast.Raise) -> None:
-        self.state = None
+    run_Raise = run_Return
 
     def run_If(self, node: ast.If) -> None:
         self.branch(node.test, lambda: self.run(node.body), lambda: self.run(node.orelse))
 
-    def run_For(self, node: ast.For) -> None:
-        over = self.ev(node.iter)
-        before = self.now.copy() if over.optional else None
-        self.assign(node.target, over.element(), node)
-        self.loop(node.body, before)
-        self.run(node.orelse)
+    def run_For(self, node: ast.For | ast.While) -> None:
+        over = self.ev(node.iter if isinstance(node, ast.For) else node.test)
+        before, asked = self.now.copy(), self.asked
+        if isinstance(node, ast.For):
+            self.assign(node.target, over.element(), node)
+        self.run(node.body)
+        skipped = over.optional and isinstance(node, ast.For)
+        self.state, self.asked = self.state or before, asked
+        self.state = self.merge(self.state, before) if skipped else self.state
 
-    def run_While(self, node: ast.While) -> None:
-        self.ev(node.test)
-        self.loop(node.body, None)
-
-    def loop(self, body: list[ast.stmt], before: State | None) -> None:
-        asked = self.asked
-        begun = self.now.copy()
-        self.run(body)
-        self.asked = asked
-        if self.state is None:  # `continue`, `break` or `return` on all paths
-            self.state = begun
-        self.state = self.merge(self.state, before)
-
-    def run_Continue(self, node: ast.stmt) -> None:
-        self.asked |= frozenset()
+    run_While = run_For
 
     def run_With(self, node: ast.With) -> None:
-        self.enter(node, list(node.items))
+        outside, after, names = self.in_tower, [], self.now.names
+        for item in node.items:
+            call, value = item.context_expr, Value()
+            self.in_tower |= called(call) == "_mark_tower_model"
+            on = self.ev(call.func).method if isinstance(call, ast.Call) else None
+            if on and on[0].is_a("contextmanager") and not on[0].name.startswith("_mark_"):
+                first, second, value = halves(on[0].node)
+                given = [a.arg for a in on[0].node.args.args]
+                values = [Value(holds=on[1]), *self.arguments(call)[0]]  # type: ignore[arg-type]
+                self.now.names = inner = dict(zip(given, values))
+                self.frames.append(Frame(*on))
+                self.run(first)
+                value = self.ev(value) if value else NONE
+                self.frames.pop()
+                after.append((on, second, inner))
+                self.now.names = names
+            elif item.optional_vars:
+                value = self.ev(call)
+            if item.optional_vars:
+                self.assign(item.optional_vars, value, node)
+        self.finally_(node.body, partial(self.leave, after))
+        self.in_tower = outside
 
-    def enter(self, node: ast.With, items: list[ast.withitem]) -> None:
-        if not items:
-            self.run(node.body)
-            return
-        item, *rest = items
-        frame, call = self.frames[-1], item.context_expr
-        function = self.ev(call.func).method if isinstance(call, ast.Call) else None
-        if (
-            function
-            and isinstance(function[0], Method)
-            and function[0].is_a("contextmanager")
-            and not function[0].name.startswith("_mark_")  # vLLM's own
-        ):
-            left: list[tuple[State, Value, bool]] = []
-            fell = False
-
-            def inside(value: Value) -> None:
-                nonlocal fell
-                count, names, frames = len(frame.exits), self.now.names, self.frames
-                self.now.names, self.frames = outer, [*frames[: frames.index(frame) + 1]]
-                if item.optional_vars:
-                    self.assign(item.optional_vars, value, node)
-                self.enter(node, rest)
-                fell = self.state is not None
-                left.extend(frame.exits[count:])
-                del frame.exits[count:]
-                self.frames = frames
-                self.state = reduce(self.merge, [s for s, *_ in left], self.state)
-                if self.state:
-                    outer.clear()
-                    outer.update(self.state.names)
-                    self.state = replace(self.state, names=names)
-
-            outer = self.now.names
-            self.call_node(*function, call, inside)  # type: ignore[arg-type]
+    def leave(self, contexts: list[tuple[tuple, list[ast.stmt], dict[str, Value]]]) -> None:
+        for on, body, inner in contexts:
+            names, self.now.names = self.now.names, inner
+            self.frames.append(Frame(*on))
+            self.run(body)
+            self.frames.pop()
             if self.state:
-                frame.exits += [(self.state.copy(), value, given) for _, value, given in left]
-                self.state = self.state if fell else None
-            return
-        kept, self.in_tower = self.in_tower, self.in_tower or called(call) == "_mark_tower_model"
-        if item.optional_vars:
-            self.assign(item.optional_vars, self.ev(call), node)
-        self.enter(node, rest)
-        self.in_tower = kept
+                self.state.names = names
+
+    def finally_(self, body: list[ast.stmt], after: Callable[[], object]) -> None:
+        """`after` runs however `body` is left."""
+        exits = self.frames[-1].exits
+        count = len(exits)
+        self.run(body)
+        ends = [*exits[count:], (self.state, None, False)]
+        del exits[count:]
+        for state, value, given in ends:
+            self.state = state
+            if state:
+                after()
+            if self.state and value:
+                exits.append((self.state, value, given))
 
     def run_Try(self, node: ast.Try) -> None:
-        exits, before = self.frames[-1].exits, self.now.copy()
-        count = len(exits)
+        if node.finalbody:
+            body: list[ast.stmt] = [ast.Try(node.body, node.handlers, node.orelse, [])]
+            self.finally_(body, lambda: self.run(node.finalbody))
+            return
+        before = self.now.copy()
         self.run(node.body)
+        end = self.state
+        self.run(node.orelse)
         ends = [self.state]
         for handler in node.handlers:
-            self.state = self.merge(before.copy(), ends[0])
+            self.state = self.merge(before.copy(), end)
             self.run(handler.body)
             ends.append(self.state)
-        self.state = ends[0]
-        self.run(node.orelse)
-        self.state = reduce(self.merge, [self.state, *ends[1:]])
-        if node.finalbody:
-            after, returned = self.state, exits[count:]
-            del exits[count:]
-            for state, value, given in returned:
-                self.state = state
-                self.run(node.finalbody)
-                if self.state:
-                    exits.append((self.state, value, given))
-            self.state = after
-            self.run(node.finalbody)
+        self.state = reduce(self.merge, ends)
 
     def run_Match(self, node: ast.Match) -> None:
         subject, before, ends = self.ev(node.subject), self.now, []
@@ -484,291 +413,189 @@ class Reader:
             self.state = before.copy()
             for part in ast.walk(case.pattern):
                 if name := getattr(part, "name", None):
-                    self.state.names[name] = subject.known().part(LEVEL)
+                    self.state.names[name] = subject.part(LEVEL)
             self.run(case.body)
             ends.append(self.state)
         last = node.cases[-1]
-        if not (isinstance(last.pattern, ast.MatchAs) and not last.pattern.pattern) or last.guard:
+        if not isinstance(last.pattern, ast.MatchAs) or last.pattern.pattern or last.guard:
             ends.append(before)
-        self.state = reduce(lambda a, b: self.merge(a, b, subject), ends)
+        self.state = reduce(partial(self.merge, deps=subject.deps), ends)
 
     def assign(self, target: ast.expr, value: Value, node: ast.AST) -> None:
         if isinstance(target, ast.Name):
             self.now.names[target.id] = value
         elif isinstance(target, (ast.Tuple, ast.List)):
             for i, part in enumerate(target.elts):
-                if value.holds:
-                    fields = list(self.fields(value.holds))
-                    new = self.load(value.holds, fields[i]) if i < len(fields) else Value()
-                elif value.items is not None and i < len(value.items):
-                    new = value.items[i]
-                else:
-                    new = value.part(PART if value.refs else LEVEL)
-                self.assign(part.value if isinstance(part, ast.Starred) else part, new, node)
+                known = value.items is not None and i < len(value.items)
+                new = value.items[i] if known and value.items else value.part(PART)
+                self.assign(getattr(part, "value", part) if is_star(part) else part, new, node)
         elif isinstance(target, ast.Attribute):
-            base = self.ev(target.value)
-            if base.holds:
-                self.store(base.holds, target.attr, value, node)
-            elif target.attr == "data":
-                for ref in base.refs:
-                    self.write(BIND, ref.cell, value, node)
+            on = self.ev(target.value)
+            if on.holds:
+                self.store(on.holds, target.attr, value, node)
+            for ref in on.refs if target.attr == "data" else ():
+                self.write(BIND, ref.cell, value, node)
         elif isinstance(target, ast.Subscript):
-            base = self.ev(target.value)
-            if not base.refs:
+            on = self.ev(target.value)
+            part, copied = self.index(on, target.slice)
+            whole = on.listed and not isinstance(target.slice, (ast.Slice, ast.Tuple))
+            if not on.refs:
                 self.add(target.value, value)
-                return
-            found, copied = self.index(base, target.slice)
-            whole = [ref for ref in base.refs if ref.extent == WHOLE]
-            if base.listed and whole and not isinstance(target.slice, (ast.Slice, ast.Tuple)):
-                for ref in whole:
-                    self.write(BIND, ref.cell, union([value, base.computed()]), node)
-            elif copied:
-                self.change(base, STAGE, value, node)
+            elif whole and (ref := next((r for r in on.refs if r.extent == WHOLE), None)):
+                self.write(BIND, ref.cell, union([value, on.computed()]), node)
             else:
-                self.change(found, CLEAR if value.const in (0, False) else FILL, value, node)
-
-    def fields(self, instance: Instance) -> Iterator[str]:
-        return (n.target.id for n in instance.cls.node.body if is_field(n))  # type: ignore
+                kind = CLEAR if value.const in (0, False) else FILL
+                self.change(on if copied else part, STAGE if copied else kind, value, node)
 
     def add(self, target: ast.expr, value: Value) -> None:
         """To a container that is a local name."""
         while isinstance(target, (ast.Subscript, ast.Attribute)):
             target = target.value
-        if isinstance(target, ast.Name) and target.id in self.now.names:
-            held = self.now.names[target.id]
+        if isinstance(target, ast.Name) and (held := self.now.names.get(target.id)):
             if value.cells or value.made or value.tensor:
                 value = replace(value, unless=value.unless | self.asked)
-            if not held.holds:
-                self.now.names[target.id] = replace(union([held, value]), listed=held.listed)
+            new = union([held, value], listed=held.listed)
+            self.now.names[target.id] = held if held.holds else new
 
     # Calls
 
-    def call_node(
-        self,
-        function: Method | ast.Lambda,
-        instance: Instance | None,
-        node: ast.Call,
-        yielded: Callable[[Value], None] | None = None,
-    ) -> Value:
-        values, keywords = self.arguments(node)
-        if isinstance(function, ast.Lambda):
-            return self.apply(function, values)
-        return self.call(function, instance, values, keywords, yielded)
+    def arguments(self, node: ast.Call) -> Given:
+        values, keywords = [self.ev(part) for part in node.args], dict[str, Value]()
+        for keyword in node.keywords:
+            name, value = keyword.arg or "**", self.ev(keyword.value)
+            keywords[name] = union([keywords[name], value]) if name in keywords else value
+        return values, keywords
 
-    def arguments(self, node: ast.Call) -> tuple[list[Value], dict[str, Value]]:
-        values = []
-        for part in node.args:
-            value = self.ev(part)
-            if isinstance(part, ast.Starred):
-                values += value.items or [value.element()]
-            else:
-                values.append(value)
-        return values, {k.arg or "**": self.ev(k.value) for k in node.keywords}
-
-    def apply(self, function: ast.Lambda, values: list[Value]) -> Value:
-        with self.scope():
-            self.now.names |= dict(zip([a.arg for a in function.args.args], values))
-            return self.ev(function.body)
-
-    @contextmanager
-    def scope(self) -> Iterator[None]:
-        names = dict(self.now.names)
-        yield
-        if self.state:
-            self.state.names = names
-
-    def call(
-        self,
-        method: Method,
-        instance: Instance | None,
-        values: list[Value],
-        keywords: dict[str, Value],
-        yielded: Callable[[Value], None] | None = None,
-    ) -> Value:
-        running = [frame.method for frame in self.frames]
-        if method in running or len(running) > DEPTH:
+    def call(self, method: Method, on: Instance | None, given: Given) -> Value:
+        values, keywords = given
+        if method in [f.method for f in self.frames] or len(self.frames) > DEPTH:
             return union([*values, *keywords.values()]).computed()
-        arguments = method.node.args
-        names = [a.arg for a in (*arguments.posonlyargs, *arguments.args)]
-        given = dict(keywords)
-        if instance is not None and not method.is_a("staticmethod") and names:
-            given[names.pop(0)] = Value(holds=instance)
-        given |= dict(zip(names, values))
-        for name, default in zip(names[::-1], arguments.defaults[::-1]):
-            given.setdefault(name, self.ev(default))
-        for a, keyword in zip(arguments.kwonlyargs, arguments.kw_defaults):
-            given.setdefault(a.arg, self.ev(keyword) if keyword else Value())
-        kept, asked = self.now.names, self.asked
-        self.now.names = {a: v for a, v in given.items() if a != "**"}
-        if arguments.kwarg:
-            self.now.names[arguments.kwarg.arg] = union(given.values())
-        if "**" in given:
-            for name in names:
-                self.now.names.setdefault(name, given["**"])
-        frame = Frame(method, instance, yielded=yielded)
+        args = method.node.args
+        names, bound = [a.arg for a in (*args.posonlyargs, *args.args)], dict(keywords)
+        if on is not None and names and not method.is_a("staticmethod"):
+            bound[names.pop(0)] = Value(holds=on)
+        bound |= dict(zip(names, values))
+        defaults = [*zip(names[::-1], args.defaults[::-1])]
+        defaults += [(a.arg, d) for a, d in zip(args.kwonlyargs, args.kw_defaults) if d]
+        for name, default in defaults:
+            bound.setdefault(name, bound["**"] if "**" in bound else self.ev(default))
+        if args.kwarg:
+            bound[args.kwarg.arg] = union(keywords.values())
+        kept, asked, frame = self.now.names, self.asked, Frame(method, on)
+        self.now.names = bound
         self.frames.append(frame)
         self.run(method.node.body)
         self.frames.pop()
-        self.asked = asked
-        ends = [*frame.exits]
-        if self.state:
-            ends.append((self.state, NONE, True))
-        self.state = None
-        for state, _, given_ in sorted(ends, key=lambda end: not end[2]):
-            self.state = self.merge(self.state, state, None if given_ else Value())
+        ends = [*frame.exits, *([(self.state, NONE, True)] if self.state else [])]
+        self.state, self.asked = None, asked
+        for state, _, depends in sorted(ends, key=lambda end: not end[2]):
+            self.state = self.merge(self.state, state, None if depends else frozenset())
         if self.state:
             self.state.names = kept
-        returned = [value for _, value, _ in ends if value is not NONE] or [NONE]
-        return join(*returned)
+        return join(*([v for _, v, _ in ends if v is not NONE] or [NONE]))
 
     def ev_Call(self, node: ast.Call) -> Value:
-        name = called(node)
-        if isinstance(node.func, ast.Name):
-            owner = self.frames[-1].method.owner
-            if name in owner.module.classes and name not in self.now.names:
-                if cls := owner.sibling(name):
-                    return Value(holds=Instance(cls, *self.arguments(node), self.in_tower))
+        name, func, frame = called(node), node.func, self.frames[-1]
+        if isinstance(func, ast.Attribute) and called(func.value) == "super" and frame.on:
+            start, lineage = func.value.args, frame.on.cls.lineage  # type: ignore[attr-defined]
+            names = {ast.unparse(start[0])} if start else {frame.method.owner.name}
+            after = next((cls for cls in lineage if cls.name in names), None)
+            method = frame.on.cls.method(name, after) if after else None
+            return self.call(method, frame.on, self.arguments(node)) if method else self.other(node)
+        if isinstance(func, ast.Name) and func.id not in self.now.names:
+            owner = frame.method.owner
+            if name in owner.module.classes and (cls := owner.sibling(name)):
+                return Value(holds=Instance(cls, self.arguments(node), self.in_tower))
             if found := self.builtin(node, name):
                 return found
-        elif isinstance(node.func, ast.Attribute):
-            if called(node.func.value) == "super":
-                frame = self.frames[-1]
-                after = frame.instance and frame.instance.cls.method(name, frame.method.owner)
-                return self.call_node(after, frame.instance, node) if after else self.unknown(node)
-            base = self.base(node.func.value)
-            if base:
-                method = base.method(name)
-                values, keywords = self.arguments(node)
-                if method and values and values[0].holds:
-                    return self.call(method, values[0].holds, values[1:], keywords)
-                return union(values)
-        function = self.ev(node.func)
+        chained = isinstance(func, ast.Attribute) and not isinstance(func.value, ast.Name)
+        if chained and "embed" in name and self.phase == EMBEDDING:
+            return self.hand_on(node, None)  # the decoder's: what `__init__` makes is not asked for
+        function = self.ev(func)
         if function.method:
-            return self.call_node(*function.method, node)
-        if isinstance(node.func, ast.Attribute):
-            on = self.ev(node.func.value)
-            if on.holds and name in ("register_buffer", "register_parameter"):
-                values, keywords = self.arguments(node)
-                key = self.string(node.args[0] if node.args else node.keywords[0].value)
-                tensor = [*values[1:], *(keywords.get(k) for k in ("tensor", "param"))][0]
-                if key and tensor:
-                    tensor = replace(tensor, registered=name == "register_buffer")
-                    self.store(on.holds, key, tensor, node)
-                return NONE
-            if on.refs and name.endswith("_") and not name.endswith("__"):
-                return self.in_place(name, on, node, *self.arguments(node))
-            if not on.refs and name in ADDS:
-                values, keywords = self.arguments(node)
-                self.add(node.func.value, union([*values, *keywords.values()]))
-                return union([on, *values])
-            submodule = on.holds or (on.refs and not (on.made or on.tensor or on.listed))
-            if submodule:
-                return self.submodule(node, function)
-            if on.cells or on.tensor or on.each or on.items:
-                return self.method_of(on, name, node)
-        elif function.holds or (function.refs and self.phase != MAKING):
-            return self.submodule(node, function)
-        return self.unknown(node)
-
-    def base(self, node: ast.expr) -> Class | None:
-        """A base class by its name, as in `Base.embed_input_ids(self)`."""
-        frame = self.frames[-1]
-        if isinstance(node, ast.Name) and frame.instance and node.id not in self.now.names:
-            return next((c for c in frame.instance.cls.lineage[1:] if c.name == node.id), None)
-        return None
+            return self.call(*function.method, self.arguments(node))
+        on = self.ev(func.value) if isinstance(func, ast.Attribute) else Value()
+        if on.holds and name.startswith("register_"):
+            values, keywords = self.arguments(node)
+            keywords = {**dict(zip(("name", "tensor"), values)), **keywords}
+            key = self.string(node.args[0] if node.args else node.keywords[0].value)
+            tensor = replace(keywords.get("tensor", NONE), registered=name == "register_buffer")
+            self.store(on.holds, key, tensor, node)
+            return NONE
+        if name in ADDS and not on.refs and isinstance(func, ast.Attribute):
+            values, keywords = self.arguments(node)
+            self.add(func.value, union([*values, *keywords.values()]))
+            return on
+        opaque = on.refs and not (on.made or on.tensor or on.listed or name.endswith("_"))
+        if on.holds or function.holds or opaque:
+            return self.hand_on(node, function.holds)
+        return self.other(node, on)
 
     def builtin(self, node: ast.Call, name: str) -> Value | None:
-        if name in ("getattr", "setattr") and len(node.args) > 1:
-            on, key = self.ev(node.args[0]), self.string(node.args[1])
-            if not (on.holds and key):
-                return None
+        values = [self.ev(a) for a in node.args]
+        if name in ("getattr", "setattr") and len(values) > 1 and (on := values[0].holds):
+            key = self.string(node.args[1])
             if name == "setattr":
-                self.store(on.holds, key, self.ev(node.args[2]), node)
+                self.store(on, key, values[2], node)
                 return NONE
-            value = self.load(on.holds, key)
-            cell = Cell(on.holds, key)
-            if len(node.args) > 2 and is_none(node.args[2]) and not self.initial(cell):
-                if value.refs:
-                    self.defaulted.add(cell)
-                    value = replace(value, none=True)
+            value, cell = self.load(on, key), Cell(on, key)
+            if value.refs and len(values) > 2 and not values[2].some and not self.initial(cell):
+                self.defaulted.add(cell)
+                return replace(value, none=True, some=cell in self.now.heap)
             return value
-        values = [self.ev(a) for a in node.args if not isinstance(a, ast.Lambda)]
         if name == "zip":
-            return Value(each=Value(items=tuple(v.element() for v in values)))
-        if name == "enumerate" and values:
-            return Value(each=Value(items=(Value(), values[0].element())), optional=values[0].optional)
-        if name in ("range", "len", "isinstance", "hasattr", "int", "id", "type", "bool", "any"):
+            return union(values, each=Value(items=tuple(v.element() for v in values)))
+        if name == "enumerate":
+            pair = Value(items=(Value(), values[0].element()))
+            return union(values, each=pair, optional=values[0].optional)
+        if name in PLAIN:
             return Value(deps=union(values).deps)
-        if name in ("list", "tuple", "reversed", "iter") and len(values) == 1:
-            return values[0]
-        return None
+        return values[0] if name in ("list", "tuple", "reversed") and len(values) == 1 else None
 
-    def in_place(
-        self, name: str, on: Value, node: ast.Call, values: list[Value], keywords: dict[str, Value]
-    ) -> Value:
-        value = union([*values, *keywords.values()])
-        const = values[0].const if values else UNKNOWN
-        if name in ("zero_", "zeros_") or (name in ("fill_", "mul_") and const in (0, False)):
-            self.change(on, CLEAR, Value(), node)
-        elif name in ("copy_", "fill_", "normal_", "uniform_", "set_"):
-            self.change(on, FILL, value, node)
-        elif name not in SETTINGS:
-            self.change(on, STAGE, value, node)
-        return on
-
-    def submodule(self, node: ast.Call, function: Value) -> Value:
-        values, keywords = self.arguments(node)
-        self.hand_on(node, [*values, *keywords.values()], function.holds)
-        deps = union([*values, *keywords.values()]).deps
-        return Value(data=deps & {ARGUMENTS}, deps=deps, tensor=True)
-
-    def method_of(self, on: Value, name: str, node: ast.Call) -> Value:
-        values, keywords = self.arguments(node)
-        given = union([*values, *keywords.values()])
-        if name in SIZES:
-            return Value(deps=on.deps | given.deps)
-        if name.startswith("new_"):
-            return self.makes(node, Value(deps=on.deps | given.deps))
-        if name == "narrow" and len(values) > 1:
-            return on.part(ROWS if values[1].const == 0 else PART)
-        if name == "items":
-            return Value(each=Value(items=(Value(), on.element())))
-        if name in VIEWS:
-            return replace(on, deps=on.deps | given.deps, const=UNKNOWN)
-        self.use(on)
-        found = union([on, given]).computed()
-        if self.phase == MAKING and on.made:
-            moved = name in ("to", "cuda")
-            found = replace(found, made=frozenset(
-                Made(made.place, made.on_meta and not moved) for made in on.made
-            ))  # fmt: skip
-        return found
-
-    def makes(self, node: ast.Call, value: Value) -> Value:
-        on_meta = self.in_tower and not any(k.arg == "device" for k in node.keywords)
-        return replace(value, made=frozenset([Made(self.place(node), on_meta)]), tensor=True)
-
-    def unknown(self, node: ast.Call) -> Value:
-        """Of a function that is not read: of torch, of vLLM, or a class."""
-        name = called(node)
+    def other(self, node: ast.Call, on: Value = Value()) -> Value:  # noqa: B008
+        """Of what is not read: of torch, of vLLM, a class, or a method of a tensor."""
+        name, chain = called(node), ast.unparse(node.func)
         values, keywords = self.arguments(node)
         out = keywords.pop("out", None)
-        every = union([*values, *keywords.values()])
-        if values and name.endswith("_") and values[0].refs and name.strip("_"):
-            return self.in_place(name.removeprefix("_foreach_"), values[0], node, values[1:], keywords)
-        chain = ast.unparse(node.func)
-        if name in ("Buffer", "Parameter", "ParameterList", "BufferList"):
-            return replace(every, registered=name == "Buffer", const=UNKNOWN)
+        is_method = bool(on.cells or on.tensor or on.each or on.items)
+        values = [on, *values] if is_method else values
+        given = union([*values[1:], *keywords.values()])
+        every = union([*values[:1], given])
+        if values and values[0].refs and name.endswith("_"):
+            name = name.removeprefix("_foreach_")
+            zero = name in ("fill_", "mul_") and values[1].const in (0, False)
+            kind = CLEAR if zero or name in ("zero_", "zeros_") else STAGE
+            if name not in SETTINGS:
+                self.change(
+                    values[0], FILL if name in OVERWRITES and not zero else kind, given, node
+                )
+            return values[0]
+        if is_method and name in SIZES:
+            return Value(deps=every.deps)
+        if is_method and name == "narrow" and len(values) > 2:
+            self.slice(on, node)
+            return on.part(ROWS if values[2].const == 0 else PART)
+        if is_method and name == "items":
+            return union([on], each=Value(items=(Value(), on.element())))
+        if is_method and name in VIEWS:
+            return replace(on, deps=every.deps)
+        if name in ("Buffer", "Parameter", "ParameterList"):
+            return replace(every, registered=name == "Buffer")
         if name[:1].isupper() or name in CONTAINERS:
-            return replace(every, const=UNKNOWN)
+            return every
         self.use(every)
-        shape = "_like" in name or name in ("zeros", "empty", "ones", "full")
+        shape = "_like" in name or name.removeprefix("new_") in ("zeros", "empty", "ones", "full")
         found = Value(deps=every.deps) if shape else every.computed()
         if out:
             self.change(out, FILL, found, node)
             return out
-        torch = chain.startswith(("torch.", "F.", "nn.functional.")) and name not in NOT_TENSORS
-        return self.makes(node, found) if torch else found
+        if is_method and not shape:
+            kept = {m._replace(on_meta=m.on_meta and name not in ("to", "cuda")) for m in on.made}
+            return replace(found, made=frozenset(kept))
+        if shape or chain.startswith(("torch.", "F.")):
+            on_meta = self.in_tower and not any(k.arg == "device" for k in node.keywords)
+            return replace(found, made=frozenset([Made(self.place(node), on_meta)]), tensor=True)
+        return found
 
     # Expressions
 
@@ -780,27 +607,19 @@ class Reader:
     def ev_other(self, node: ast.expr) -> Value:
         """Computed from its parts."""
         parts = [self.ev(part) for part in ast.iter_child_nodes(node) if isinstance(part, ast.expr)]
-        for part in parts:
-            self.use(part)
+        self.use(union(parts))
         return union(parts).computed()
 
     def ev_Constant(self, node: ast.Constant) -> Value:
-        if node.value is None:
-            return replace(NONE, unless=self.asked)
-        return Value(const=node.value)
+        return replace(NONE, unless=self.asked) if node.value is None else Value(const=node.value)
 
     def ev_Name(self, node: ast.Name) -> Value:
-        if node.id in self.now.names:
-            return self.now.names[node.id]
-        owner = self.frames[-1].method.owner if self.frames else self.root.cls
-        for function in owner.module.body:
-            if isinstance(function, Function) and function.name == node.id:
-                return Value(method=(Method(owner, function), None))
-        return Value()
+        owner = self.frames[-1].method.owner
+        function = owner.module.functions.get(node.id)
+        found = Value(method=(Method(owner, function), None)) if function else Value()
+        return self.now.names.get(node.id, found)
 
     def ev_Attribute(self, node: ast.Attribute) -> Value:
-        if called(node.value) == "super" and self.frames[-1].instance:
-            return Value()
         on = self.ev(node.value)
         if on.holds:
             return self.load(on.holds, node.attr)
@@ -809,106 +628,90 @@ class Reader:
         return on.part(WHOLE) if on.refs else replace(on.part(WHOLE), made=frozenset())
 
     def ev_Subscript(self, node: ast.Subscript) -> Value:
-        base = self.ev(node.value)
-        found, copied = self.index(base, node.slice)
-        return found.computed() if copied and base.refs else found
+        on = self.ev(node.value)
+        found, copied = self.index(on, node.slice)
+        return found.computed() if copied and on.refs else found
 
-    def index(self, base: Value, key: ast.expr) -> tuple[Value, bool]:
+    def index(self, on: Value, key: ast.expr) -> tuple[Value, bool]:
         """A part, and whether reading it makes a copy."""
         extent, copied = WHOLE, False
         for part in key.elts if isinstance(key, ast.Tuple) else [key]:
             if isinstance(part, ast.Slice):
                 lower = self.ev(part.lower).const if part.lower else 0
                 upper = self.ev(part.upper).const if part.upper else None
-                if lower != 0 or upper not in (None, UNKNOWN):
-                    extent = PART
-                elif part.upper:
-                    extent = max(extent, ROWS)
-            elif (value := self.ev(part)).tensor:
-                copied = True
-            elif value.const is not UNKNOWN:
-                if base.items and isinstance(value.const, int) and value.const < len(base.items):
-                    return base.items[value.const], False
+                rows = PART if lower != 0 or upper not in (None, UNKNOWN) else ROWS
+                extent = max(extent, rows if part.lower or part.upper else WHOLE)
+                if rows == ROWS:
+                    self.slice(on, key)
+                continue
+            value = self.ev(part)
+            copied |= value.tensor
+            if value.const is not UNKNOWN:
+                if on.items and isinstance(value.const, int) and value.const < len(on.items):
+                    return on.items[value.const], False
                 extent = max(extent, PART if value.const not in (None, Ellipsis) else WHOLE)
-            else:
+            elif not value.tensor:
                 extent = max(extent, LEVEL)
-        if base.each or base.items:
-            return (base.element() if extent == LEVEL else base), False
-        return base.part(extent), copied
+        if on.each or on.items:
+            return (on.element() if extent == LEVEL else on), False
+        return on.part(extent), copied
 
     def ev_IfExp(self, node: ast.IfExp) -> Value:
         return self.branch(node.test, lambda: self.ev(node.body), lambda: self.ev(node.orelse))
 
     def ev_BoolOp(self, node: ast.BoolOp) -> Value:
-        values = [self.ev(value) for value in node.values]
-        return union(values) if isinstance(node.op, ast.Or) else replace(union(values), none=False)
+        return union(self.ev(value) for value in node.values)
 
     def ev_Compare(self, node: ast.Compare) -> Value:
-        parts = [self.ev(part) for part in (node.left, *node.comparators)]
+        value = self.ev_other(node)
         plain = isinstance(node.ops[0], (ast.Is, ast.IsNot, ast.In, ast.NotIn))
-        return Value(deps=union(parts).deps) if plain else union(parts).computed()
+        return Value(deps=value.deps) if plain else value
 
-    def ev_Tuple(self, node: ast.Tuple | ast.List) -> Value:
-        items = tuple(self.ev(part) for part in node.elts)
-        fixed = items if not any(isinstance(p, ast.Starred) for p in node.elts) else None
-        return replace(union(items), items=fixed or None, listed=isinstance(node, ast.List))
+    def ev_Tuple(self, node: ast.Tuple | ast.List | ast.Dict) -> Value:
+        parts = node.values if isinstance(node, ast.Dict) else node.elts
+        items = tuple(self.ev(part) for part in parts)
+        fixed = items and not isinstance(node, ast.Dict) and not any(map(is_star, parts))
+        listed = not isinstance(node, ast.Tuple)
+        return union(items, items=items if fixed else None, listed=listed)
 
-    ev_List = ev_Tuple
+    ev_List = ev_Dict = ev_Tuple
+
+    def ev_ListComp(self, node: ast.ListComp | ast.DictComp) -> Value:
+        for generator in node.generators:
+            self.assign(generator.target, self.ev(generator.iter).element(), node)
+        found = self.ev(node.value if isinstance(node, ast.DictComp) else node.elt)
+        return union([found], listed=True)
+
+    ev_GeneratorExp = ev_SetComp = ev_DictComp = ev_ListComp
 
     def ev_Starred(self, node: ast.Starred) -> Value:
         return self.ev(node.value)
 
-    def ev_Dict(self, node: ast.Dict) -> Value:
-        for key in node.keys:
-            if key:
-                self.ev(key)
-        return replace(union(self.ev(value) for value in node.values), listed=True)
-
-    def comprehension(self, node: ast.expr, *parts: ast.expr) -> Value:
-        with self.scope():
-            for generator in node.generators:  # type: ignore[attr-defined]
-                over = self.ev(generator.iter)
-                self.assign(generator.target, over.element(), node)
-            found = [self.ev(part) for part in parts][-1]
-        return replace(found.part(WHOLE), listed=True)
-
-    def ev_ListComp(self, node: ast.ListComp | ast.GeneratorExp | ast.SetComp) -> Value:
-        return self.comprehension(node, node.elt)
-
-    ev_GeneratorExp = ev_SetComp = ev_ListComp
-
-    def ev_DictComp(self, node: ast.DictComp) -> Value:
-        return self.comprehension(node, node.key, node.value)
-
-    def ev_Lambda(self, node: ast.Lambda) -> Value:
-        return Value(method=(node, None))
-
-    def ev_NamedExpr(self, node: ast.NamedExpr) -> Value:
-        value = self.ev(node.value)
-        self.assign(node.target, value, node)
-        return value
-
-    def ev_Await(self, node: ast.Await) -> Value:
-        return self.ev(node.value)
-
-    def ev_Yield(self, node: ast.Yield) -> Value:
-        value = self.ev(node.value) if node.value else NONE
-        if (yielded := self.frames[-1].yielded) and self.state:
-            yielded(value)
-        return Value()
-
-    def string(self, node: ast.expr) -> str | None:
+    def string(self, node: ast.expr) -> str:
         """A name, with `*` for what varies."""
-        if isinstance(node, ast.Constant):
-            return node.value if isinstance(node.value, str) else "*"
         if isinstance(node, ast.JoinedStr):
-            return "".join(self.string(part) or "*" for part in node.values)
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-            return f"{self.string(node.left) or '*'}{self.string(node.right) or '*'}"
-        if isinstance(node, ast.Name):
-            const = self.ev(node).const
-            return const if isinstance(const, str) else None
-        return "*" if isinstance(node, (ast.FormattedValue, ast.Call)) else None
+            return "".join(map(self.string, node.values))
+        if isinstance(node, ast.BinOp):
+            return self.string(node.left) + self.string(node.right)
+        const = "*" if isinstance(node, ast.FormattedValue) else self.ev(node).const
+        return const if isinstance(const, str) else "*"
+
+
+def halves(
+    function: ast.FunctionDef,
+) -> tuple[list[ast.stmt], list[ast.stmt], ast.expr | None]:
+    """What a context manager does before and after its `yield`, and what that gives."""
+    body, before = list(function.body), list[ast.stmt]()
+    while body:
+        statement = body.pop(0)
+        found = [part for part in ast.walk(statement) if isinstance(part, ast.Yield)]
+        if found and isinstance(statement, ast.Try):
+            body = [*statement.body, *statement.finalbody, *body]
+        elif found:
+            return before, body, found[0].value
+        else:
+            before.append(statement)
+    return before, [], None
 
 
 def called(node: ast.AST) -> str:
@@ -922,9 +725,5 @@ def is_none(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and node.value is None
 
 
-def is_field(node: ast.stmt) -> bool:
-    return isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-
-
-def as_load(node: ast.expr) -> ast.expr:
-    return node
+def is_star(node: ast.expr) -> bool:
+    return isinstance(node, ast.Starred)

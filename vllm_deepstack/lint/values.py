@@ -1,8 +1,7 @@
-"""What an expression may be: which state it aliases, what it is computed from, and whether it is None."""
+"""What an expression may be: which state it aliases, and what it is computed from."""
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ from .classes import Class, Method
 
 WHOLE, LEVEL, ROWS, PART = range(4)
 """How much of a tensor an alias has: all; one of several, in a loop over all of them; the first
-rows; or another part, which says nothing about the rest."""
+rows; another part, which says nothing about the rest."""
 UNKNOWN: Any = object()
 
 
@@ -28,8 +27,7 @@ class Instance:
     """The model, or an object of a class in the same file that it makes."""
 
     cls: Class
-    arguments: list[Value] = field(default_factory=list)
-    keywords: dict[str, Value] = field(default_factory=dict)
+    given: tuple[list[Value], dict[str, Value]] = field(default_factory=lambda: ([], {}))
     in_tower: bool = False
     path: str = ""
     initial: dict[Cell, Value] | None = None
@@ -43,7 +41,7 @@ class Cell(NamedTuple):
     name: str
 
     def __str__(self) -> str:
-        return f"{self.owner.path}.{self.name}" if self.owner.path else self.name
+        return f"{self.owner.path}.{self.name}".lstrip(".")
 
 
 ARGUMENTS = Cell(Instance(None), "")  # type: ignore[arg-type]
@@ -53,8 +51,7 @@ ARGUMENTS = Cell(Instance(None), "")  # type: ignore[arg-type]
 class Ref(NamedTuple):
     cell: Cell
     extent: int
-    bound: object
-    """Since when the attribute has been bound to it."""
+    bound: object  # since when: another object for each time that the attribute is bound
 
 
 class Made(NamedTuple):
@@ -67,23 +64,19 @@ class Made(NamedTuple):
 @dataclass(frozen=True)
 class Value:
     refs: frozenset[Ref] = frozenset()
-    data: frozenset[Cell] = frozenset()
-    """Whose contents it is computed from."""
-    deps: frozenset[Cell] = frozenset()
-    """What it depends on at all: sizes, too."""
-    unless: frozenset[Cell] = frozenset()
-    """What decides whether it is None, or left out."""
+    data: frozenset[Cell] = frozenset()  # whose contents it is computed from
+    deps: frozenset[Cell] = frozenset()  # what it depends on at all, sizes included
+    unless: frozenset[Cell] = frozenset()  # what decides whether it is None, or left out
     made: frozenset[Made] = frozenset()
     none: bool = False
     some: bool = True
     tensor: bool = False
     listed: bool = False
     registered: bool = False
-    optional: bool = False
-    """Of an argument that some steps leave out."""
+    optional: bool = False  # of an argument that some steps leave out
     const: Any = UNKNOWN
     holds: Instance | None = None
-    method: tuple[Method | ast.Lambda, Instance | None] | None = None
+    method: tuple[Method, Instance | None] | None = None
     items: tuple[Value, ...] | None = None
     each: Value | None = None
 
@@ -92,64 +85,44 @@ class Value:
         return self.data | {ref.cell for ref in self.refs}
 
     def part(self, extent: int) -> Value:
-        """One element or slice of it."""
         refs = frozenset(ref._replace(extent=max(ref.extent, extent)) for ref in self.refs)
-        return replace(
-            self, refs=refs, none=False, some=True, const=UNKNOWN, listed=False, holds=None,
-            items=None, each=None, optional=False,
-        )  # fmt: skip
+        return union([replace(self, refs=refs)])
 
     def element(self) -> Value:
-        if self.each:
-            return self.each
-        if self.items:
-            return join(*self.items)
-        return self.part(LEVEL)
+        return self.each or (join(*self.items) if self.items else self.part(LEVEL))
 
     def computed(self) -> Value:
         """From its contents, in storage of its own."""
         return Value(data=self.cells, deps=self.deps, tensor=self.tensor, unless=self.unless)
 
-    def known(self) -> Value:
-        """Where a condition has shown that it is there."""
-        return replace(self, none=False, some=True, optional=False, unless=frozenset())
-
 
 NONE = Value(none=True, some=False, const=None)
 
 
-def union(values: Iterable[Value]) -> Value:
+def union(values: Iterable[Value], **others: Any) -> Value:
     """Made of all of them."""
     values = list(values)
-
-    def of(name: str) -> frozenset[Any]:
-        return frozenset().union(*(getattr(value, name) for value in values))
-
-    return Value(
-        of("refs"), of("data"), of("deps"), of("unless"), of("made"),
-        tensor=any(v.tensor for v in values),
-        registered=any(v.registered for v in values),
-    )  # fmt: skip
+    names = ("refs", "data", "deps", "unless", "made")
+    sets = [frozenset().union(*(getattr(v, name) for v in values)) for name in names]
+    tensor, registered = any(v.tensor for v in values), any(v.registered for v in values)
+    return replace(Value(*sets, tensor=tensor, registered=registered), **others)  # type: ignore
 
 
 def join(*values: Value) -> Value:
     """One of them, by the path that was taken."""
-    first = values[0]
-    if all(value == first for value in values):
-        return first
-    some = [v for v in values if v.some] or [first]
-    sizes = {len(v.items) if v.items else None for v in some}
-    items = None
-    if len(sizes) == 1 and None not in sizes:
-        items = tuple(join(*several) for several in zip(*(v.items or () for v in some)))
-    return replace(
-        union(values),
-        none=any(v.none for v in values),
-        some=any(v.some for v in values),
-        listed=any(v.listed for v in values),
+    if all(value == values[0] for value in values):
+        return values[0]
+    some = [v for v in values if v.some] or [*values]
+    same = len({len(v.items or ()) for v in some}) == 1 and some[0].items
+    either = {name: any(getattr(v, name) for v in values) for name in ("none", "some", "listed")}
+    return union(
+        values,
+        **either,
         optional=any(v.optional for v in values),
         holds=next((v.holds for v in some if v.holds), None),
         method=some[0].method,
-        items=items,
+        items=tuple(join(*several) for several in zip(*(v.items or () for v in some)))
+        if same
+        else None,
         each=next((v.each for v in some if v.each), None),
     )
