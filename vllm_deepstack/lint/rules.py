@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .classes import Class, Method
 from .state import BIND, CLEAR, EMBEDDING, GONE, NEW, OLD, RUNNING, Reader, Write
-from .values import Cell, Made, Place
+from .values import ROWS, Cell, Made, Place
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,13 @@ class Model:
 
     def withheld(self, cell: Cell) -> bool:
         """Whether what a step has left decides if the decoder gets it."""
-        unless = self.reader.handed[cell].unless
+        unless = frozenset[Cell]().union(*(v.unless for _, v, _ in self.reader.handed[cell]))
         return any(not w.value.made for other in unless - {cell} for w in self.binds(other))
 
 
 def none_or_tensor(model: Model, cell: Cell) -> Place | None:
     if model.withheld(cell):
-        return model.reader.handed[cell].place
+        return model.reader.handed[cell][0][0]
     value = model.reader.initial(cell)
     absent = cell in model.reader.defaulted if value is None else not value.some
     return model.staged[cell] if absent else None
@@ -117,11 +117,12 @@ def unregistered(model: Model, cell: Cell) -> Place | None:
 
 def from_row_0(model: Model, cell: Cell) -> Place | None:
     names = " ".join(cls.name.lower() for cls in model.cls.lineage)
-    handed = model.reader.handed[cell]
-    experts = handed.experts or "moe" in names or "mixtureofexperts" in names
-    if not (experts and handed.from_row_0):
-        return None  # overlap is for expert parallelism
-    return model.reader.sliced[cell]
+    for place, value, on in model.reader.handed[cell]:
+        rows = any(ref.cell == cell and ref.extent == ROWS for ref in value.refs)
+        experts = "moe" in names or "mixtureofexperts" in names
+        if rows and (experts or (on and "FusedMoE(" in on.cls.module.text)):
+            return place  # overlap is for expert parallelism
+    return None
 
 
 def on_meta(model: Model, cell: Cell) -> Place | None:
@@ -199,5 +200,5 @@ def findings(cls: Class) -> Iterator[Finding]:
                     owner = place.method.owner
                     yield Finding(
                         rule.code, place.method.file, place.line,
-                        owner.name if owner in cls.lineage else cls.name, str(cell), writer, reader.place,
+                        owner.name if owner in cls.lineage else cls.name, str(cell), writer, reader[0][0],
                     )  # fmt: skip

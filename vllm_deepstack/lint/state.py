@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 
-from .classes import EMBED, FORWARD, INIT, Class, Function, Method
+from .classes import EMBED, FORWARD, INIT, Class, Method
 from .values import ARGUMENTS, LEVEL, NONE, PART, ROWS, UNKNOWN, WHOLE
 from .values import Cell, Instance, Made, Place, Ref, Value, join, union
 
@@ -16,15 +16,13 @@ BIND, CLEAR, FILL, STAGE = "bind", "clear", "fill", "stage"
 OLD, CLEAN, NEW, READ, GONE = "old", "clean", "new", "read", "gone"
 """What an attribute holds: what was there before; nothing; new contents in all rows; what the
 decoder has read; nothing, since the decoder read it."""
-SIZES = {"size", "shape", "device", "dtype", "numel", "dim", "ndim", "item", "stride"}
-VIEWS = {"view", "reshape", "unsqueeze", "squeeze", "transpose", "permute", "expand", "t", "T"}
-VIEWS |= {"flatten", "unbind", "chunk", "split", "select", "detach", "data", "values", "items"}
-VIEWS |= {"expand_as", "view_as", "get"}
-ADDS = {"append", "extend", "update", "setdefault", "insert", "add"}
-OVERWRITES = {"copy_", "fill_", "normal_", "uniform_"}
-SETTINGS = {"requires_grad_", "share_memory_", "pin_memory_"}
-PLAIN = {"range", "len", "isinstance", "hasattr", "int", "bool", "any", "all", "type"}
-CONTAINERS = {"dict", "list", "tuple", "sorted", "reversed", "set", "next", "iter", "cast"}
+SIZES = "size shape device dtype numel dim ndim item stride".split()
+VIEWS = "view reshape unsqueeze squeeze transpose permute expand t T flatten unbind chunk".split()
+VIEWS += "split select detach data values items expand_as view_as get".split()
+ADDS = "append extend update setdefault insert add".split()
+OVERWRITES = "copy_ fill_ normal_ uniform_".split()
+PLAIN = "range len isinstance hasattr int bool any all type".split()
+CONTAINERS = "dict list tuple sorted reversed set next iter cast".split()
 DEPTH = 12
 Given = tuple[list[Value], dict[str, Value]]
 
@@ -34,16 +32,6 @@ class Write(Place):
     cell: Cell
     kind: str
     value: Value
-
-
-@dataclass
-class Handed:
-    """What reaches a call of a submodule."""
-
-    place: Place
-    unless: frozenset[Cell] = frozenset()
-    from_row_0: bool = False
-    experts: bool = False
 
 
 @dataclass
@@ -75,10 +63,9 @@ class Reader:
         self.frames: list[Frame] = []
         self.asked: frozenset[Cell] = frozenset()  # by the conditions around a statement
         self.writes: tuple[list[Write], ...] = ([], [], [])
-        self.handed: dict[Cell, Handed] = {}
+        self.handed: dict[Cell, list[tuple[Place, Value, Instance | None]]] = {}
         self.wipes: dict[Cell, Place] = {}  # the latest
         self.wiped: dict[Cell, Place] = {}  # and then read
-        self.sliced: dict[Cell, Place] = {}
         self.recomputed: set[object] = set()  # bindings, to what `forward` has from its arguments
         self.defaulted: set[Cell] = set()
 
@@ -112,18 +99,19 @@ class Reader:
                 self.call(method, owner, owner.given)
             else:  # of a dataclass
                 fields = [n.target for n in owner.cls.node.body if isinstance(n, ast.AnnAssign)]
-                values = dict(zip([getattr(f, "id", "") for f in fields], owner.given[0]))
-                self.state.heap = {
-                    Cell(owner, k): v for k, v in {**values, **owner.given[1]}.items()
-                }
+                names = [getattr(f, "id", "") for f in fields]
+                values = {**dict(zip(names, owner.given[0])), **owner.given[1]}
+                self.state.heap = {Cell(owner, name): v for name, v in values.items()}
             owner.initial = self.state.heap if self.state else {}
             self.phase, self.state, self.asked, self.in_tower = kept
-        if cell in (owner.initial or {}):
-            return (owner.initial or {})[cell]
-        member = owner.cls and owner.cls.member(cell.name)
-        if isinstance(member, ast.Constant):
-            return NONE if member.value is None else Value(const=member.value)
-        return Value(listed=True) if isinstance(member, (ast.List, ast.Dict)) else None
+        if owner.initial and cell in owner.initial:
+            return owner.initial[cell]
+        match owner.cls and owner.cls.member(cell.name):
+            case ast.Constant(value=const):
+                return NONE if const is None else Value(const=const)
+            case ast.List() | ast.Dict():
+                return Value(listed=True)
+        return None
 
     # What happens to an attribute
 
@@ -189,33 +177,25 @@ class Reader:
                 self.write(STAGE, ref.cell, value, node)
 
     def use(self, value: Value) -> None:
-        for ref in value.refs if self.phase == RUNNING and self.state else ():
-            current = ref.bound is self.now.bound.get(ref.cell) not in self.recomputed
-            if current and self.now.marks.get(ref.cell, frozenset()) & {CLEAN, NEW}:
-                if ref.cell in self.wipes:
-                    self.wiped.setdefault(ref.cell, self.wipes[ref.cell])
-
-    def slice(self, value: Value, node: ast.AST) -> None:
-        for cell in value.cells if self.phase == RUNNING else ():
-            self.sliced.setdefault(cell, self.place(node))
+        for cell, _, bound in value.refs if self.phase == RUNNING and self.state else ():
+            if bound is self.now.bound.get(cell) not in self.recomputed and cell in self.wipes:
+                if self.now.marks.get(cell, frozenset()) & {CLEAN, NEW}:
+                    self.wiped.setdefault(cell, self.wipes[cell])
 
     def hand_on(self, node: ast.Call, on: Instance | None) -> Value:
         """To a submodule."""
         values, keywords = self.arguments(node)
-        values = [*values, *keywords.values()]
-        for value in values if self.phase == RUNNING else ():
-            self.use(value)
-            for cell in value.cells - {r.cell for r in value.refs if r.bound in self.recomputed}:
-                handed = self.handed.setdefault(cell, Handed(self.place(node)))
-                handed.unless |= value.unless
-                handed.from_row_0 |= any(r.cell == cell and r.extent == ROWS for r in value.refs)
-                handed.experts |= on is not None and "FusedMoE(" in on.cls.module.text
+        every = [*values, *keywords.values()]
         if self.phase == RUNNING:
+            for value in every:
+                self.use(value)
+                new = {ref.cell for ref in value.refs if ref.bound in self.recomputed}
+                for cell in value.cells - new:
+                    self.handed.setdefault(cell, []).append((self.place(node), value, on))
             if on and (method := on.cls.method(FORWARD)):
-                self.call(method, on, self.arguments(node))
-            for cell in union(values).cells if self.state else ():
-                self.now.marks[cell] = frozenset([READ])
-        deps = union(values).deps
+                self.call(method, on, (values, keywords))
+            self.now.marks |= dict.fromkeys(union(every).cells, frozenset([READ]))
+        deps = union(every).deps
         return Value(data=deps & {ARGUMENTS}, deps=deps, tensor=True)
 
     # Paths
@@ -230,20 +210,19 @@ class Reader:
         for cell in {*a.heap, *b.heap}:
             values = [v for s in both if (v := s.heap.get(cell) or self.initial(cell))]
             found.heap[cell] = join(*values)
+        config = deps is not None and self.phase == EMBEDDING and ARGUMENTS not in deps
         for cell in {*a.marks, *b.marks}:
-            found.marks[cell] = frozenset().union(*(s.marks.get(cell, {OLD}) for s in both))
-            if deps is not None and self.phase == EMBEDDING and ARGUMENTS not in deps:
-                if found.marks[cell] & {CLEAN, NEW}:
-                    found.marks[cell] -= {OLD}  # nothing is there, or it is so at every step
+            marks = frozenset[str]().union(*(s.marks.get(cell, {OLD}) for s in both))
+            # Nothing is there, or it is so at every step.
+            found.marks[cell] = marks - {OLD} if config and marks & {CLEAN, NEW} else marks
         for cell in {*a.bound, *b.bound}:
             one, two = a.bound.get(cell), b.bound.get(cell)
             found.bound[cell] = one if one is two else object()
         for name in {*a.names, *b.names}:
             values = [s.names[name] for s in both if name in s.names]
             value = join(*values)
-            withheld = value.cells and len({v.some for v in values}) == 2
-            more = deps if withheld and deps else frozenset()
-            found.names[name] = replace(value, unless=value.unless | more)
+            withheld = value.cells and len({v.some for v in values}) == 2 and deps
+            found.names[name] = replace(value, unless=value.unless | (withheld or set()))
         return found
 
     def branch(self, test: ast.expr, *bodies: Callable[[], Value]) -> Value:
@@ -261,198 +240,182 @@ class Reader:
         return join(*values)
 
     def truth(self, test: ast.expr) -> bool | None:
-        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-            found = self.truth(test.operand)
-            return None if found is None else not found
-        if isinstance(test, ast.BoolOp):
-            every, decides = [self.truth(v) for v in test.values], isinstance(test.op, ast.Or)
-            return decides if decides in every else None if None in every else not decides
-        if isinstance(test, ast.Compare) and is_none(test.comparators[0]):
-            value = self.ev(test.left)
-            same = value.none == isinstance(test.ops[0], (ast.Is, ast.Eq))
-            return None if value.none and value.some else same
+        match test:
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                found = self.truth(operand)
+                return None if found is None else not found
+            case ast.BoolOp(op=op, values=values):
+                every, decides = [self.truth(v) for v in values], isinstance(op, ast.Or)
+                return decides if decides in every else None if None in every else not decides
+            case ast.Compare(left, [op], [ast.Constant(value=None)]):
+                value = self.ev(left)
+                same = value.none == isinstance(op, (ast.Is, ast.Eq))
+                return None if value.none and value.some else same
         value = self.ev(test)
         unknown = value.const is UNKNOWN and value.some
         return None if unknown else value.some and bool(value.const)
 
     def refine(self, test: ast.expr, truth: bool) -> None:
         """What a condition says of what it looks at."""
-        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-            self.refine(test.operand, not truth)
-        elif isinstance(test, ast.BoolOp):
-            for value in test.values if truth == isinstance(test.op, ast.And) else ():
-                self.refine(value, truth)
-        elif isinstance(test, ast.Compare) and is_none(test.comparators[0]):
-            self.refine(test.left, truth != isinstance(test.ops[0], (ast.Is, ast.Eq)))
-        elif isinstance(test, (ast.Name, ast.Attribute)) or called(test) == "getattr":
-            value = self.ev(test)
-            if truth and isinstance(test, ast.Name) and test.id in self.now.names:
-                there = replace(value, none=False, some=True, optional=False, unless=frozenset())
-                self.now.names[test.id] = there
-            for ref in () if truth else value.refs:
-                if ref.extent == WHOLE:
-                    self.now.marks[ref.cell] = frozenset()  # there is no such state
+        match test:
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                self.refine(operand, not truth)
+            case ast.BoolOp(op=op, values=values) if truth == isinstance(op, ast.And):
+                for part in values:
+                    self.refine(part, truth)
+            case ast.Compare(left, [op], [ast.Constant(value=None)]):
+                self.refine(left, truth != isinstance(op, (ast.Is, ast.Eq)))
+            case ast.Name() | ast.Attribute() | ast.Call(func=ast.Name(id="getattr")):
+                value = self.ev(test)
+                if truth and isinstance(test, ast.Name) and test.id in self.now.names:
+                    there = replace(value, none=False, some=True, optional=False)
+                    self.now.names[test.id] = replace(there, unless=frozenset())
+                for ref in () if truth else value.refs:
+                    if ref.extent == WHOLE:
+                        self.now.marks[ref.cell] = frozenset()  # there is no such state
 
-    def run(self, body: list[ast.stmt]) -> Value:
+    def run(self, body: Iterable[ast.stmt]) -> Value:
         for statement in body:
-            if self.state is None:
-                break
-            getattr(self, f"run_{type(statement).__name__}", self.run_other)(statement)
+            if self.state is not None:
+                self.execute(statement)
         return NONE
 
-    def run_other(self, node: ast.stmt) -> None:
-        for part in ast.iter_child_nodes(node):
-            if isinstance(part, ast.expr):
-                self.ev(part)
+    def execute(self, node: ast.stmt) -> None:
+        match node:
+            case ast.Assign(targets=targets, value=value):
+                new = self.ev(value)
+                for target in targets:
+                    self.assign(target, new, node)
+            case ast.AnnAssign(target=target, value=ast.expr() as value):
+                self.assign(target, self.ev(value), node)
+            case ast.AugAssign(target=target, value=value):
+                before, new = self.ev(target), self.ev(value)
+                if before.refs and (before.tensor or before.made):
+                    self.change(before, STAGE, new, node)
+                elif not isinstance(target, ast.Subscript):
+                    self.assign(target, union([before.computed(), new]), node)
+            case ast.Return(value=value):
+                new = self.ev(value) if value else replace(NONE, unless=self.asked)
+                self.frames[-1].exits.append((self.now, new, ARGUMENTS in self.asked))
+                self.state = None
+            case ast.Raise():
+                self.state = None
+            case ast.If(test, body, orelse):
+                self.branch(test, lambda: self.run(body), lambda: self.run(orelse))
+            case ast.For(target, over, body):
+                new = self.ev(over)
+                self.assign(target, new.element(), node)
+                self.loop(body, new.optional)
+            case ast.While(test, body):
+                self.ev(test)
+                self.loop(body, False)
+            case ast.With(items, body):
+                self.enter(node, items, body)
+            case ast.Try(body, handlers, orelse, []):
+                before_it = self.now.copy()
+                self.run(body)
+                end = self.state
+                self.run(orelse)
+                ends = [self.state]
+                for handler in handlers:
+                    self.state = self.merge(before_it.copy(), end)
+                    self.run(handler.body)
+                    ends.append(self.state)
+                self.state = reduce(self.merge, ends)
+            case ast.Try(body, handlers, orelse, after):
+                self.finish([ast.Try(body, handlers, orelse, [])], after)
+            case ast.Match(subject, cases):
+                self.match(self.ev(subject), cases)
+            case _:
+                for part in ast.iter_child_nodes(node):
+                    if isinstance(part, ast.expr):
+                        self.ev(part)
 
-    def run_Assign(self, node: ast.Assign) -> None:
-        value = self.ev(node.value)
-        for target in node.targets:
-            self.assign(target, value, node)
-
-    def run_AnnAssign(self, node: ast.AnnAssign) -> None:
-        if node.value:
-            self.assign(node.target, self.ev(node.value), node)
-
-    def run_AugAssign(self, node: ast.AugAssign) -> None:
-        before, value = self.ev(node.target), self.ev(node.value)
-        if before.refs and (before.tensor or before.made):
-            self.change(before, STAGE, value, node)
-        elif not isinstance(node.target, ast.Subscript):
-            self.assign(node.target, union([before.computed(), value]), node)
-
-    def run_Return(self, node: ast.Return | ast.Raise) -> None:
-        if isinstance(node, ast.Return):
-            value = self.ev(node.value) if node.value else replace(NONE, unless=self.asked)
-            self.frames[-1].exits.append((self.now, value, ARGUMENTS in self.asked))
-        self.state = None
-
-    run_Raise = run_Return
-
-    def run_If(self, node: ast.If) -> None:
-        self.branch(node.test, lambda: self.run(node.body), lambda: self.run(node.orelse))
-
-    def run_For(self, node: ast.For | ast.While) -> None:
-        over = self.ev(node.iter if isinstance(node, ast.For) else node.test)
+    def loop(self, body: list[ast.stmt], skipped: bool) -> None:
         before, asked = self.now.copy(), self.asked
-        if isinstance(node, ast.For):
-            self.assign(node.target, over.element(), node)
-        self.run(node.body)
-        skipped = over.optional and isinstance(node, ast.For)
+        self.run(body)
         self.state, self.asked = self.state or before, asked
         self.state = self.merge(self.state, before) if skipped else self.state
 
-    run_While = run_For
-
-    def run_With(self, node: ast.With) -> None:
-        outside, after, names = self.in_tower, [], self.now.names
-        for item in node.items:
-            call, value = item.context_expr, Value()
+    def enter(self, node: ast.With, items: Sequence[ast.withitem], body: list[ast.stmt]) -> None:
+        outside, second = self.in_tower, list[ast.stmt]()
+        for item in items:
+            call, target, value = item.context_expr, item.optional_vars, Value()
             self.in_tower |= called(call) == "_mark_tower_model"
-            on = self.ev(call.func).method if isinstance(call, ast.Call) else None
-            if on and on[0].is_a("contextmanager") and not on[0].name.startswith("_mark_"):
-                first, second, value = halves(on[0].node)
-                given = [a.arg for a in on[0].node.args.args]
-                values = [Value(holds=on[1]), *self.arguments(call)[0]]  # type: ignore[arg-type]
-                self.now.names = inner = dict(zip(given, values))
-                self.frames.append(Frame(*on))
+            own = self.ev(call.func).method if isinstance(call, ast.Call) else None
+            if own and own[0].is_a("contextmanager") and not own[0].name.startswith("_mark_"):
+                given = [a.arg for a in own[0].node.args.args[1:]]
+                self.now.names |= dict(zip(given, self.arguments(call)[0]))  # type: ignore
+                first, after, given_on = halves(own[0].node)
                 self.run(first)
-                value = self.ev(value) if value else NONE
-                self.frames.pop()
-                after.append((on, second, inner))
-                self.now.names = names
-            elif item.optional_vars:
+                value, second = self.ev(given_on) if given_on else NONE, after + second
+            elif target:
                 value = self.ev(call)
-            if item.optional_vars:
-                self.assign(item.optional_vars, value, node)
-        self.finally_(node.body, partial(self.leave, after))
+            if target:
+                self.assign(target, value, node)
+        self.finish(body, second)
         self.in_tower = outside
 
-    def leave(self, contexts: list[tuple[tuple, list[ast.stmt], dict[str, Value]]]) -> None:
-        for on, body, inner in contexts:
-            names, self.now.names = self.now.names, inner
-            self.frames.append(Frame(*on))
-            self.run(body)
-            self.frames.pop()
-            if self.state:
-                self.state.names = names
-
-    def finally_(self, body: list[ast.stmt], after: Callable[[], object]) -> None:
+    def finish(self, body: Iterable[ast.stmt], after: list[ast.stmt]) -> None:
         """`after` runs however `body` is left."""
         exits = self.frames[-1].exits
         count = len(exits)
         self.run(body)
         ends = [*exits[count:], (self.state, None, False)]
         del exits[count:]
-        for state, value, given in ends:
-            self.state = state
-            if state:
-                after()
+        for self.state, value, given in ends:
+            self.run(after)
             if self.state and value:
                 exits.append((self.state, value, given))
 
-    def run_Try(self, node: ast.Try) -> None:
-        if node.finalbody:
-            body: list[ast.stmt] = [ast.Try(node.body, node.handlers, node.orelse, [])]
-            self.finally_(body, lambda: self.run(node.finalbody))
-            return
-        before = self.now.copy()
-        self.run(node.body)
-        end = self.state
-        self.run(node.orelse)
-        ends = [self.state]
-        for handler in node.handlers:
-            self.state = self.merge(before.copy(), end)
-            self.run(handler.body)
-            ends.append(self.state)
-        self.state = reduce(self.merge, ends)
-
-    def run_Match(self, node: ast.Match) -> None:
-        subject, before, ends = self.ev(node.subject), self.now, []
-        for case in node.cases:
+    def match(self, subject: Value, cases: list[ast.match_case]) -> None:
+        before, ends = self.now, list[State | None]()
+        for case in cases:
             self.state = before.copy()
-            for part in ast.walk(case.pattern):
-                if name := getattr(part, "name", None):
-                    self.state.names[name] = subject.part(LEVEL)
+            names = [n for p in ast.walk(case.pattern) if (n := getattr(p, "name", None))]
+            self.state.names |= dict.fromkeys(names, subject.part(LEVEL))
             self.run(case.body)
             ends.append(self.state)
-        last = node.cases[-1]
-        if not isinstance(last.pattern, ast.MatchAs) or last.pattern.pattern or last.guard:
-            ends.append(before)
+        match cases[-1]:
+            case ast.match_case(ast.MatchAs(pattern=None), None):
+                pass
+            case _:
+                ends.append(before)
         self.state = reduce(partial(self.merge, deps=subject.deps), ends)
 
     def assign(self, target: ast.expr, value: Value, node: ast.AST) -> None:
-        if isinstance(target, ast.Name):
-            self.now.names[target.id] = value
-        elif isinstance(target, (ast.Tuple, ast.List)):
-            for i, part in enumerate(target.elts):
-                known = value.items is not None and i < len(value.items)
-                new = value.items[i] if known and value.items else value.part(PART)
-                self.assign(getattr(part, "value", part) if is_star(part) else part, new, node)
-        elif isinstance(target, ast.Attribute):
-            on = self.ev(target.value)
-            if on.holds:
-                self.store(on.holds, target.attr, value, node)
-            for ref in on.refs if target.attr == "data" else ():
-                self.write(BIND, ref.cell, value, node)
-        elif isinstance(target, ast.Subscript):
-            on = self.ev(target.value)
-            part, copied = self.index(on, target.slice)
-            whole = on.listed and not isinstance(target.slice, (ast.Slice, ast.Tuple))
-            if not on.refs:
-                self.add(target.value, value)
-            elif whole and (ref := next((r for r in on.refs if r.extent == WHOLE), None)):
-                self.write(BIND, ref.cell, union([value, on.computed()]), node)
-            else:
-                kind = CLEAR if value.const in (0, False) else FILL
-                self.change(on if copied else part, STAGE if copied else kind, value, node)
+        match target:
+            case ast.Name(id=name):
+                self.now.names[name] = value
+            case ast.Tuple(elts=parts) | ast.List(elts=parts):
+                items = value.items or ()
+                for i, part in enumerate(parts):
+                    new = items[i] if i < len(items) else value.part(PART)
+                    self.assign(part.value if isinstance(part, ast.Starred) else part, new, node)
+            case ast.Attribute(value=base, attr=name):
+                on = self.ev(base)
+                if on.holds:
+                    self.store(on.holds, name, value, node)
+                for ref in on.refs if name == "data" else ():
+                    self.write(BIND, ref.cell, value, node)
+            case ast.Subscript(value=base, slice=key):
+                on = self.ev(base)
+                part_, copied = self.index(on, key)
+                whole = on.listed and not isinstance(key, (ast.Slice, ast.Tuple))
+                if not on.refs:
+                    self.add(base, value)
+                elif whole and (ref := next((r for r in on.refs if r.extent == WHOLE), None)):
+                    self.write(BIND, ref.cell, union([value, on.computed()]), node)
+                else:
+                    kind = CLEAR if value.const in (0, False) else FILL
+                    self.change(on if copied else part_, STAGE if copied else kind, value, node)
 
     def add(self, target: ast.expr, value: Value) -> None:
         """To a container that is a local name."""
         while isinstance(target, (ast.Subscript, ast.Attribute)):
             target = target.value
         if isinstance(target, ast.Name) and (held := self.now.names.get(target.id)):
-            if value.cells or value.made or value.tensor:
+            if value.cells or value.tensor:
                 value = replace(value, unless=value.unless | self.asked)
             new = union([held, value], listed=held.listed)
             self.now.names[target.id] = held if held.holds else new
@@ -494,38 +457,46 @@ class Reader:
             self.state.names = kept
         return join(*([v for _, v, _ in ends if v is not NONE] or [NONE]))
 
-    def ev_Call(self, node: ast.Call) -> Value:
-        name, func, frame = called(node), node.func, self.frames[-1]
-        if isinstance(func, ast.Attribute) and called(func.value) == "super" and frame.on:
-            start, lineage = func.value.args, frame.on.cls.lineage  # type: ignore[attr-defined]
-            names = {ast.unparse(start[0])} if start else {frame.method.owner.name}
-            after = next((cls for cls in lineage if cls.name in names), None)
-            method = frame.on.cls.method(name, after) if after else None
-            return self.call(method, frame.on, self.arguments(node)) if method else self.other(node)
-        if isinstance(func, ast.Name) and func.id not in self.now.names:
-            owner = frame.method.owner
-            if name in owner.module.classes and (cls := owner.sibling(name)):
-                return Value(holds=Instance(cls, self.arguments(node), self.in_tower))
-            if found := self.builtin(node, name):
-                return found
-        chained = isinstance(func, ast.Attribute) and not isinstance(func.value, ast.Name)
-        if chained and "embed" in name and self.phase == EMBEDDING:
-            return self.hand_on(node, None)  # the decoder's: what `__init__` makes is not asked for
-        function = self.ev(func)
+    def called(self, node: ast.Call) -> Value:
+        name, frame, on, owner = (
+            called(node),
+            self.frames[-1],
+            Value(),
+            self.frames[-1].method.owner,
+        )
+        match node.func:
+            case ast.Attribute(value=ast.Call(func=ast.Name(id="super"), args=start)):
+                names = {ast.unparse(start[0])} if start else {owner.name}
+                lineage = frame.on.cls.lineage if frame.on else []
+                after = next((cls for cls in lineage if cls.name in names), None)
+                method = frame.on.cls.method(name, after) if frame.on and after else None
+                if method:
+                    return self.call(method, frame.on, self.arguments(node))
+                return self.other(node, on)
+            case ast.Name() if name not in self.now.names:
+                if name in owner.module.classes and (cls := owner.sibling(name)):
+                    return Value(holds=Instance(cls, self.arguments(node), self.in_tower))
+                if found := self.builtin(node, name):
+                    return found
+            case ast.Attribute(value=ast.Attribute()) if "embed" in name:
+                if self.phase == EMBEDDING:
+                    return self.hand_on(node, None)  # `__init__` need not be read for that
+        function = self.ev(node.func)
         if function.method:
             return self.call(*function.method, self.arguments(node))
-        on = self.ev(func.value) if isinstance(func, ast.Attribute) else Value()
-        if on.holds and name.startswith("register_"):
-            values, keywords = self.arguments(node)
-            keywords = {**dict(zip(("name", "tensor"), values)), **keywords}
-            key = self.string(node.args[0] if node.args else node.keywords[0].value)
-            tensor = replace(keywords.get("tensor", NONE), registered=name == "register_buffer")
-            self.store(on.holds, key, tensor, node)
-            return NONE
-        if name in ADDS and not on.refs and isinstance(func, ast.Attribute):
-            values, keywords = self.arguments(node)
-            self.add(func.value, union([*values, *keywords.values()]))
-            return on
+        if isinstance(node.func, ast.Attribute):
+            on = self.ev(node.func.value)
+            if on.holds and name.startswith("register_"):
+                values, keywords = self.arguments(node)
+                keywords = {**dict(zip(("name", "tensor"), values)), **keywords}
+                key = self.string(node.args[0] if node.args else node.keywords[0].value)
+                tensor = replace(keywords.get("tensor", NONE), registered=name == "register_buffer")
+                self.store(on.holds, key, tensor, node)
+                return NONE
+            if name in ADDS and not on.refs:
+                values, keywords = self.arguments(node)
+                self.add(node.func.value, union([*values, *keywords.values()]))
+                return on
         opaque = on.refs and not (on.made or on.tensor or on.listed or name.endswith("_"))
         if on.holds or function.holds or opaque:
             return self.hand_on(node, function.holds)
@@ -552,7 +523,7 @@ class Reader:
             return Value(deps=union(values).deps)
         return values[0] if name in ("list", "tuple", "reversed") and len(values) == 1 else None
 
-    def other(self, node: ast.Call, on: Value = Value()) -> Value:  # noqa: B008
+    def other(self, node: ast.Call, on: Value) -> Value:
         """Of what is not read: of torch, of vLLM, a class, or a method of a tensor."""
         name, chain = called(node), ast.unparse(node.func)
         values, keywords = self.arguments(node)
@@ -565,24 +536,19 @@ class Reader:
             name = name.removeprefix("_foreach_")
             zero = name in ("fill_", "mul_") and values[1].const in (0, False)
             kind = CLEAR if zero or name in ("zero_", "zeros_") else STAGE
-            if name not in SETTINGS:
-                self.change(
-                    values[0], FILL if name in OVERWRITES and not zero else kind, given, node
-                )
+            kind = FILL if name in OVERWRITES and not zero else kind
+            self.change(values[0], kind, given, node)
             return values[0]
         if is_method and name in SIZES:
             return Value(deps=every.deps)
         if is_method and name == "narrow" and len(values) > 2:
-            self.slice(on, node)
             return on.part(ROWS if values[2].const == 0 else PART)
         if is_method and name == "items":
             return union([on], each=Value(items=(Value(), on.element())))
         if is_method and name in VIEWS:
             return replace(on, deps=every.deps)
-        if name in ("Buffer", "Parameter", "ParameterList"):
-            return replace(every, registered=name == "Buffer")
         if name[:1].isupper() or name in CONTAINERS:
-            return every
+            return replace(every, registered=name == "Buffer")
         self.use(every)
         shape = "_like" in name or name.removeprefix("new_") in ("zeros", "empty", "ones", "full")
         found = Value(deps=every.deps) if shape else every.computed()
@@ -602,35 +568,53 @@ class Reader:
     def ev(self, node: ast.expr) -> Value:
         if self.state is None:
             return Value()
-        return getattr(self, f"ev_{type(node).__name__}", self.ev_other)(node)
-
-    def ev_other(self, node: ast.expr) -> Value:
-        """Computed from its parts."""
+        match node:
+            case ast.Constant(value=const):
+                return replace(NONE, unless=self.asked) if const is None else Value(const=const)
+            case ast.Name(id=name):
+                owner = self.frames[-1].method.owner
+                function = owner.module.functions.get(name)
+                found = Value(method=(Method(owner, function), None)) if function else Value()
+                return self.now.names.get(name, found)
+            case ast.Attribute(value=base, attr=name):
+                on = self.ev(base)
+                if on.holds:
+                    return self.load(on.holds, name)
+                kept = replace(on.part(WHOLE), made=on.made if on.refs else frozenset())
+                return Value(deps=on.deps) if name in SIZES else kept
+            case ast.Subscript(value=base, slice=key):
+                on = self.ev(base)
+                found, copied = self.index(on, key)
+                return found.computed() if copied and on.refs else found
+            case ast.Call():
+                return self.called(node)
+            case ast.IfExp(test, body, orelse):
+                return self.branch(test, lambda: self.ev(body), lambda: self.ev(orelse))
+            case ast.BoolOp(values=values):
+                return union(self.ev(value) for value in values)
+            case ast.Starred(value=value):
+                return self.ev(value)
+            case ast.Tuple(elts=parts) | ast.List(elts=parts) | ast.Dict(values=parts):
+                items = tuple(self.ev(part) for part in parts)
+                fixed = not any(isinstance(p, ast.Starred) for p in (node, *parts))
+                keep = items if fixed and not isinstance(node, ast.Dict) else None
+                return union(items, items=keep or None, listed=not isinstance(node, ast.Tuple))
+            case (
+                ast.ListComp(part, generators)
+                | ast.SetComp(part, generators)
+                | ast.GeneratorExp(part, generators)
+                | ast.DictComp(_, part, generators)
+            ):
+                for generator in generators:
+                    self.assign(generator.target, self.ev(generator.iter).element(), node)
+                return union([self.ev(part)], listed=True)
         parts = [self.ev(part) for part in ast.iter_child_nodes(node) if isinstance(part, ast.expr)]
-        self.use(union(parts))
-        return union(parts).computed()
-
-    def ev_Constant(self, node: ast.Constant) -> Value:
-        return replace(NONE, unless=self.asked) if node.value is None else Value(const=node.value)
-
-    def ev_Name(self, node: ast.Name) -> Value:
-        owner = self.frames[-1].method.owner
-        function = owner.module.functions.get(node.id)
-        found = Value(method=(Method(owner, function), None)) if function else Value()
-        return self.now.names.get(node.id, found)
-
-    def ev_Attribute(self, node: ast.Attribute) -> Value:
-        on = self.ev(node.value)
-        if on.holds:
-            return self.load(on.holds, node.attr)
-        if node.attr in SIZES:
-            return Value(deps=on.deps)
-        return on.part(WHOLE) if on.refs else replace(on.part(WHOLE), made=frozenset())
-
-    def ev_Subscript(self, node: ast.Subscript) -> Value:
-        on = self.ev(node.value)
-        found, copied = self.index(on, node.slice)
-        return found.computed() if copied and on.refs else found
+        found = union(parts)
+        match node:
+            case ast.Compare(ops=[ast.Is() | ast.IsNot() | ast.In() | ast.NotIn(), *_]):
+                return Value(deps=found.deps)
+        self.use(found)
+        return found.computed()
 
     def index(self, on: Value, key: ast.expr) -> tuple[Value, bool]:
         """A part, and whether reading it makes a copy."""
@@ -641,8 +625,6 @@ class Reader:
                 upper = self.ev(part.upper).const if part.upper else None
                 rows = PART if lower != 0 or upper not in (None, UNKNOWN) else ROWS
                 extent = max(extent, rows if part.lower or part.upper else WHOLE)
-                if rows == ROWS:
-                    self.slice(on, key)
                 continue
             value = self.ev(part)
             copied |= value.tensor
@@ -656,52 +638,20 @@ class Reader:
             return (on.element() if extent == LEVEL else on), False
         return on.part(extent), copied
 
-    def ev_IfExp(self, node: ast.IfExp) -> Value:
-        return self.branch(node.test, lambda: self.ev(node.body), lambda: self.ev(node.orelse))
-
-    def ev_BoolOp(self, node: ast.BoolOp) -> Value:
-        return union(self.ev(value) for value in node.values)
-
-    def ev_Compare(self, node: ast.Compare) -> Value:
-        value = self.ev_other(node)
-        plain = isinstance(node.ops[0], (ast.Is, ast.IsNot, ast.In, ast.NotIn))
-        return Value(deps=value.deps) if plain else value
-
-    def ev_Tuple(self, node: ast.Tuple | ast.List | ast.Dict) -> Value:
-        parts = node.values if isinstance(node, ast.Dict) else node.elts
-        items = tuple(self.ev(part) for part in parts)
-        fixed = items and not isinstance(node, ast.Dict) and not any(map(is_star, parts))
-        listed = not isinstance(node, ast.Tuple)
-        return union(items, items=items if fixed else None, listed=listed)
-
-    ev_List = ev_Dict = ev_Tuple
-
-    def ev_ListComp(self, node: ast.ListComp | ast.DictComp) -> Value:
-        for generator in node.generators:
-            self.assign(generator.target, self.ev(generator.iter).element(), node)
-        found = self.ev(node.value if isinstance(node, ast.DictComp) else node.elt)
-        return union([found], listed=True)
-
-    ev_GeneratorExp = ev_SetComp = ev_DictComp = ev_ListComp
-
-    def ev_Starred(self, node: ast.Starred) -> Value:
-        return self.ev(node.value)
-
     def string(self, node: ast.expr) -> str:
         """A name, with `*` for what varies."""
-        if isinstance(node, ast.JoinedStr):
-            return "".join(map(self.string, node.values))
-        if isinstance(node, ast.BinOp):
-            return self.string(node.left) + self.string(node.right)
+        match node:
+            case ast.JoinedStr(values=values):
+                return "".join(map(self.string, values))
+            case ast.BinOp(left, _, right):
+                return self.string(left) + self.string(right)
         const = "*" if isinstance(node, ast.FormattedValue) else self.ev(node).const
         return const if isinstance(const, str) else "*"
 
 
-def halves(
-    function: ast.FunctionDef,
-) -> tuple[list[ast.stmt], list[ast.stmt], ast.expr | None]:
+def halves(node: ast.FunctionDef) -> tuple[list[ast.stmt], list[ast.stmt], ast.expr | None]:
     """What a context manager does before and after its `yield`, and what that gives."""
-    body, before = list(function.body), list[ast.stmt]()
+    body, before = list(node.body), list[ast.stmt]()
     while body:
         statement = body.pop(0)
         found = [part for part in ast.walk(statement) if isinstance(part, ast.Yield)]
@@ -719,11 +669,3 @@ def called(node: ast.AST) -> str:
     if not isinstance(node, ast.Call):
         return ""
     return getattr(node.func, "attr", "") or getattr(node.func, "id", "")
-
-
-def is_none(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant) and node.value is None
-
-
-def is_star(node: ast.expr) -> bool:
-    return isinstance(node, ast.Starred)
