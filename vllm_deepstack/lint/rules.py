@@ -33,26 +33,30 @@ class Finding:
     reader: Place
     also: tuple[str, ...] = ()
     """Classes that inherit it."""
+    inherited: bool = False
+    """From a file that was not asked for."""
+
+    @property
+    def rule(self) -> Rule:
+        return RULES[self.code]
 
     @property
     def message(self) -> str:
-        return f"{self.cls}.{self.attribute}: {RULES[self.code].why}"
+        return f"{self.cls}.{self.attribute}: {self.rule.why}"
 
 
 class Model:
     """What a class stages, and what it does with it."""
 
     def __init__(self, cls: Class):
-        self.cls = cls
-        self.reader = Reader(cls)
+        self.cls, self.reader = cls, Reader(cls)
         self.embedded = self.reader.embed()
         self.staged: dict[Cell, Write] = {}
         for write in self.reader.writes[EMBEDDING]:
             bound = write.kind == BIND and not (write.value.tensor or write.value.made)
             if write.kind != CLEAR and write.value.some and not bound:
                 self.staged.setdefault(write.cell, write)
-        if self.staged:
-            self.ran = self.reader.forward(self.embedded)
+        self.ran = self.reader.forward(self.embedded) if self.staged else None
 
     def made(self, cell: Cell) -> frozenset[Made]:
         """Where `__init__` makes its tensors: the storage that a captured graph keeps reading."""
@@ -60,7 +64,7 @@ class Model:
         return value.made if value else frozenset()
 
     def binds(self, cell: Cell) -> list[Write]:
-        writes = [*self.reader.writes[EMBEDDING], *self.reader.writes[RUNNING]]
+        writes = self.reader.writes[EMBEDDING] + self.reader.writes[RUNNING]
         return [w for w in writes if w.cell == cell and w.kind == BIND and w.value.some]
 
     @cached_property
@@ -68,14 +72,10 @@ class Model:
         """What a `named_buffers` of its own names, also through properties."""
         found, left = set[str](), {"named_buffers"}
         while left:
-            member = self.cls.member(name := left.pop())
-            found.add(name)
-            node = member.node if isinstance(member, Method) else member
-            left |= (
-                {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)} - found
-                if node
-                else set()
-            )
+            found.add(name := left.pop())
+            member = self.cls.member(name)
+            node = member.node if isinstance(member, Method) else member or ast.Pass()
+            left |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)} - found
         return found
 
     def withheld(self, cell: Cell) -> bool:
@@ -93,12 +93,11 @@ def none_or_tensor(model: Model, cell: Cell) -> Place | None:
 
 
 def outlives(model: Model, cell: Cell) -> Place | None:
-    reader = model.reader
     if OLD not in model.embedded.marks.get(cell, {OLD}) or model.withheld(cell):
         return None
-    if model.ran.marks.get(cell) == {GONE} and not model.binds(cell):
+    if model.ran and model.ran.marks.get(cell) == {GONE} and not model.binds(cell):
         return None  # the graph has the clearing in it
-    clears = [w for w in reader.writes[RUNNING] if w.cell == cell]
+    clears = [w for w in model.reader.writes[RUNNING] if w.cell == cell]
     return (clears or [model.staged[cell]])[0]
 
 
@@ -108,7 +107,7 @@ def rebound(model: Model, cell: Cell) -> Place | None:
 
 def unregistered(model: Model, cell: Cell) -> Place | None:
     value = model.reader.initial(cell)
-    if value is None or not value.made or value.registered or cell.name in model.listed:
+    if not (value and value.made) or value.registered or cell.name in model.listed:
         return None
     if model.embedded.marks.get(cell) == {NEW}:
         return None  # every step writes the rows that it reads
@@ -116,12 +115,13 @@ def unregistered(model: Model, cell: Cell) -> Place | None:
 
 
 def from_row_0(model: Model, cell: Cell) -> Place | None:
+    """Overlap is for expert parallelism."""
     names = " ".join(cls.name.lower() for cls in model.cls.lineage)
     for place, value, on in model.reader.handed[cell]:
-        rows = any(ref.cell == cell and ref.extent == ROWS for ref in value.refs)
-        experts = "moe" in names or "mixtureofexperts" in names
-        if rows and (experts or (on and "FusedMoE(" in on.cls.module.text)):
-            return place  # overlap is for expert parallelism
+        experts = "FusedMoE(" in on.cls.module.text if on else False
+        if experts or "moe" in names or "mixtureofexperts" in names:
+            if any(ref.cell == cell and ref.extent == ROWS for ref in value.refs):
+                return place
     return None
 
 
@@ -135,70 +135,34 @@ def wiped(model: Model, cell: Cell) -> Place | None:
     return model.reader.wiped.get(cell)
 
 
+TABLE = (
+    ("none-or-tensor", "None at some steps, a tensor at others", none_or_tensor)
+    + ("forward is compiled or captured while it is None, and later tensors are ignored",),
+    ("stale-staging", "not cleared when a graph is replayed", outlives)
+    + ("a replayed graph does not clear it, so that later steps read what this one staged",),
+    ("rebound-storage", "storage rebound after capture", rebound)
+    + ("it is bound to new storage, and a captured graph goes on reading the old",),
+    ("unregistered-state", "state outside named_buffers", unregistered)
+    + ("it is in no named_buffers(): sleep(level=2) loses it, and rows are read unwritten",),
+    ("rows-from-zero", "rows read from 0 under micro-batches", from_row_0)
+    + ("it is read from row 0: with dual-batch overlap the second half reads the first's rows",),
+    ("meta-device-state", "made on the meta device, and read", on_meta)
+    + ("it is made with the tower, which is on the meta device where its limits are 0",),
+    ("wiped-before-read", "wiped before it is read", wiped)
+    + ("forward wipes what this step staged before the decoder gets it",),
+)
 RULES = {
-    rule.code: rule
-    for rule in (
-        Rule(
-            "DS001",
-            "none-or-tensor",
-            "None at some steps, a tensor at others",
-            "forward is compiled or captured while it is None, and later tensors are ignored",
-            none_or_tensor,
-        ),
-        Rule(
-            "DS002",
-            "stale-staging",
-            "not cleared when a graph is replayed",
-            "a replayed graph does not clear it, so that later steps read what this one staged",
-            outlives,
-        ),
-        Rule(
-            "DS003",
-            "rebound-storage",
-            "storage rebound after capture",
-            "it is bound to new storage, and a captured graph goes on reading the old",
-            rebound,
-        ),
-        Rule(
-            "DS004",
-            "unregistered-state",
-            "state outside named_buffers",
-            "it is in no named_buffers(): sleep(level=2) loses it, and rows are read unwritten",
-            unregistered,
-        ),
-        Rule(
-            "DS005",
-            "rows-from-zero",
-            "rows read from 0 under micro-batches",
-            "it is read from row 0: with dual-batch overlap the second half reads the first's rows",
-            from_row_0,
-        ),
-        Rule(
-            "DS006",
-            "meta-device-state",
-            "made on the meta device, and read",
-            "it is made with the tower, which is on the meta device where its limits are 0",
-            on_meta,
-        ),
-        Rule(
-            "DS007",
-            "wiped-before-read",
-            "wiped before it is read",
-            "forward wipes what this step staged before the decoder gets it",
-            wiped,
-        ),
-    )
+    code: Rule(code, name, title, why, find)
+    for code, (name, title, find, why) in zip((f"DS00{i}" for i in range(1, 8)), TABLE)
 }
 
 
 def findings(cls: Class) -> Iterator[Finding]:
     model = Model(cls)
-    for cell, writer in model.staged.items():
-        if reader := model.reader.handed.get(cell):
-            for rule in RULES.values():
-                if place := rule.find(model, cell):
-                    owner = place.method.owner
-                    yield Finding(
-                        rule.code, place.method.file, place.line,
-                        owner.name if owner in cls.lineage else cls.name, str(cell), writer, reader[0][0],
-                    )  # fmt: skip
+    for cell in (cell for cell in model.staged if cell in model.reader.handed):
+        for rule in RULES.values():
+            if place := rule.find(model, cell):
+                owner, reader = place.method.owner, model.reader.handed[cell][0][0]
+                name = owner.name if owner in cls.lineage else cls.name
+                where = place.method.file, place.line
+                yield Finding(rule.code, *where, name, str(cell), model.staged[cell], reader)

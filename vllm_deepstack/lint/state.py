@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 
@@ -83,7 +84,7 @@ class Reader:
         optional |= {a.arg for a in args.kwonlyargs}
         value = Value(data=step, deps=step, tensor=True)
         given = {
-            a.arg: replace(value, none=a.arg in optional, optional=a.arg in optional)
+            a.arg: replace(value, none=a.arg in optional)
             for a in (*args.args[1:], *args.kwonlyargs)
         }
         self.call(method, self.root, ([], given))
@@ -109,11 +110,7 @@ class Reader:
         match owner.cls and owner.cls.member(cell.name):
             case ast.Constant(value=const):
                 return NONE if const is None else Value(const=const)
-            case ast.List() | ast.Dict():
-                return Value(listed=True)
         return None
-
-    # What happens to an attribute
 
     @property
     def now(self) -> State:
@@ -198,8 +195,6 @@ class Reader:
         deps = union(every).deps
         return Value(data=deps & {ARGUMENTS}, deps=deps, tensor=True)
 
-    # Paths
-
     def merge(
         self, a: State | None, b: State | None, deps: frozenset[Cell] | None = None
     ) -> State | None:
@@ -227,11 +222,10 @@ class Reader:
 
     def branch(self, test: ast.expr, *bodies: Callable[[], Value]) -> Value:
         deps, before, asked = self.ev(test).deps, self.now, self.asked
-        known, values, states = self.truth(test), [], []
+        values, states = [], []
         for truth, body in zip((True, False), bodies):
-            if known is not (not truth):
-                self.state, self.asked = before.copy(), asked | deps
-                self.refine(test, truth)
+            self.state, self.asked = before.copy(), asked | deps
+            if all([self.holds(*fact) for fact in facts(test, truth)]):
                 values.append(body())
                 states.append(self.state)
         left = len(states) == 2 and None in states  # the rest runs where one path has not left
@@ -239,40 +233,18 @@ class Reader:
         self.state = reduce(partial(self.merge, deps=deps), states)
         return join(*values)
 
-    def truth(self, test: ast.expr) -> bool | None:
-        match test:
-            case ast.UnaryOp(op=ast.Not(), operand=operand):
-                found = self.truth(operand)
-                return None if found is None else not found
-            case ast.BoolOp(op=op, values=values):
-                every, decides = [self.truth(v) for v in values], isinstance(op, ast.Or)
-                return decides if decides in every else None if None in every else not decides
-            case ast.Compare(left, [op], [ast.Constant(value=None)]):
-                value = self.ev(left)
-                same = value.none == isinstance(op, (ast.Is, ast.Eq))
-                return None if value.none and value.some else same
-        value = self.ev(test)
-        unknown = value.const is UNKNOWN and value.some
-        return None if unknown else value.some and bool(value.const)
-
-    def refine(self, test: ast.expr, truth: bool) -> None:
-        """What a condition says of what it looks at."""
-        match test:
-            case ast.UnaryOp(op=ast.Not(), operand=operand):
-                self.refine(operand, not truth)
-            case ast.BoolOp(op=op, values=values) if truth == isinstance(op, ast.And):
-                for part in values:
-                    self.refine(part, truth)
-            case ast.Compare(left, [op], [ast.Constant(value=None)]):
-                self.refine(left, truth != isinstance(op, (ast.Is, ast.Eq)))
-            case ast.Name() | ast.Attribute() | ast.Call(func=ast.Name(id="getattr")):
-                value = self.ev(test)
-                if truth and isinstance(test, ast.Name) and test.id in self.now.names:
-                    there = replace(value, none=False, some=True, optional=False)
-                    self.now.names[test.id] = replace(there, unless=frozenset())
-                for ref in () if truth else value.refs:
-                    if ref.extent == WHOLE:
-                        self.now.marks[ref.cell] = frozenset()  # there is no such state
+    def holds(self, subject: ast.expr, there: bool, exactly: bool) -> bool:
+        """Whether a fact is possible; from here on, it is one."""
+        value = self.ev(subject)
+        if there and isinstance(subject, ast.Name) and subject.id in self.now.names:
+            self.now.names[subject.id] = replace(value, none=False, some=True, unless=frozenset())
+        if not there and isinstance(subject, (ast.Name, ast.Attribute, ast.Call)):
+            whole = [ref.cell for ref in value.refs if ref.extent == WHOLE]
+            self.now.marks |= dict.fromkeys(whole, frozenset())  # there is no such state
+        known = value.const is not UNKNOWN and not exactly
+        if there:
+            return value.some and not (known and not value.const)
+        return value.none or not (exactly or (known and value.const))
 
     def run(self, body: Iterable[ast.stmt]) -> Value:
         for statement in body:
@@ -305,12 +277,20 @@ class Reader:
             case ast.For(target, over, body):
                 new = self.ev(over)
                 self.assign(target, new.element(), node)
-                self.loop(body, new.optional)
+                self.loop(body, new.none)
             case ast.While(test, body):
                 self.ev(test)
                 self.loop(body, False)
             case ast.With(items, body):
-                self.enter(node, items, body)
+                outside = self.in_tower
+                for item in items:
+                    self.in_tower |= called(item.context_expr) == "_mark_tower_model"
+                    if not called(item.context_expr).startswith("_mark_"):  # vLLM's own
+                        new = self.ev(item.context_expr)
+                        if item.optional_vars:
+                            self.assign(item.optional_vars, new, node)
+                self.run(body)
+                self.in_tower = outside
             case ast.Try(body, handlers, orelse, []):
                 before_it = self.now.copy()
                 self.run(body)
@@ -323,7 +303,15 @@ class Reader:
                     ends.append(self.state)
                 self.state = reduce(self.merge, ends)
             case ast.Try(body, handlers, orelse, after):
-                self.finish([ast.Try(body, handlers, orelse, [])], after)
+                exits, count = self.frames[-1].exits, len(self.frames[-1].exits)
+                self.run([ast.Try(body, handlers, orelse, [])])
+                ends = [*exits[count:], (self.state, None, False)]
+                if not any(isinstance(part, ast.Yield) for part in ast.walk(node)):
+                    del exits[count:]
+                    for self.state, value, given in ends:
+                        self.run(after)
+                        if self.state and value:
+                            exits.append((self.state, value, given))
             case ast.Match(subject, cases):
                 self.match(self.ev(subject), cases)
             case _:
@@ -336,37 +324,6 @@ class Reader:
         self.run(body)
         self.state, self.asked = self.state or before, asked
         self.state = self.merge(self.state, before) if skipped else self.state
-
-    def enter(self, node: ast.With, items: Sequence[ast.withitem], body: list[ast.stmt]) -> None:
-        outside, second = self.in_tower, list[ast.stmt]()
-        for item in items:
-            call, target, value = item.context_expr, item.optional_vars, Value()
-            self.in_tower |= called(call) == "_mark_tower_model"
-            own = self.ev(call.func).method if isinstance(call, ast.Call) else None
-            if own and own[0].is_a("contextmanager") and not own[0].name.startswith("_mark_"):
-                given = [a.arg for a in own[0].node.args.args[1:]]
-                self.now.names |= dict(zip(given, self.arguments(call)[0]))  # type: ignore
-                first, after, given_on = halves(own[0].node)
-                self.run(first)
-                value, second = self.ev(given_on) if given_on else NONE, after + second
-            elif target:
-                value = self.ev(call)
-            if target:
-                self.assign(target, value, node)
-        self.finish(body, second)
-        self.in_tower = outside
-
-    def finish(self, body: Iterable[ast.stmt], after: list[ast.stmt]) -> None:
-        """`after` runs however `body` is left."""
-        exits = self.frames[-1].exits
-        count = len(exits)
-        self.run(body)
-        ends = [*exits[count:], (self.state, None, False)]
-        del exits[count:]
-        for self.state, value, given in ends:
-            self.run(after)
-            if self.state and value:
-                exits.append((self.state, value, given))
 
     def match(self, subject: Value, cases: list[ast.match_case]) -> None:
         before, ends = self.now, list[State | None]()
@@ -401,11 +358,8 @@ class Reader:
             case ast.Subscript(value=base, slice=key):
                 on = self.ev(base)
                 part_, copied = self.index(on, key)
-                whole = on.listed and not isinstance(key, (ast.Slice, ast.Tuple))
                 if not on.refs:
                     self.add(base, value)
-                elif whole and (ref := next((r for r in on.refs if r.extent == WHOLE), None)):
-                    self.write(BIND, ref.cell, union([value, on.computed()]), node)
                 else:
                     kind = CLEAR if value.const in (0, False) else FILL
                     self.change(on if copied else part_, STAGE if copied else kind, value, node)
@@ -417,10 +371,8 @@ class Reader:
         if isinstance(target, ast.Name) and (held := self.now.names.get(target.id)):
             if value.cells or value.tensor:
                 value = replace(value, unless=value.unless | self.asked)
-            new = union([held, value], listed=held.listed)
+            new = union([held, value])
             self.now.names[target.id] = held if held.holds else new
-
-    # Calls
 
     def arguments(self, node: ast.Call) -> Given:
         values, keywords = [self.ev(part) for part in node.args], dict[str, Value]()
@@ -497,7 +449,7 @@ class Reader:
                 values, keywords = self.arguments(node)
                 self.add(node.func.value, union([*values, *keywords.values()]))
                 return on
-        opaque = on.refs and not (on.made or on.tensor or on.listed or name.endswith("_"))
+        opaque = on.refs and not (on.made or on.tensor or name in VIEWS or name[-1] == "_")
         if on.holds or function.holds or opaque:
             return self.hand_on(node, function.holds)
         return self.other(node, on)
@@ -518,7 +470,7 @@ class Reader:
             return union(values, each=Value(items=tuple(v.element() for v in values)))
         if name == "enumerate":
             pair = Value(items=(Value(), values[0].element()))
-            return union(values, each=pair, optional=values[0].optional)
+            return union(values, each=pair)
         if name in PLAIN:
             return Value(deps=union(values).deps)
         return values[0] if name in ("list", "tuple", "reversed") and len(values) == 1 else None
@@ -563,8 +515,6 @@ class Reader:
             return replace(found, made=frozenset([Made(self.place(node), on_meta)]), tensor=True)
         return found
 
-    # Expressions
-
     def ev(self, node: ast.expr) -> Value:
         if self.state is None:
             return Value()
@@ -594,11 +544,14 @@ class Reader:
                 return union(self.ev(value) for value in values)
             case ast.Starred(value=value):
                 return self.ev(value)
+            case ast.Yield(value=value):  # of a context manager; what comes after is not read
+                self.execute(ast.Return(value))
+                return NONE
             case ast.Tuple(elts=parts) | ast.List(elts=parts) | ast.Dict(values=parts):
                 items = tuple(self.ev(part) for part in parts)
                 fixed = not any(isinstance(p, ast.Starred) for p in (node, *parts))
                 keep = items if fixed and not isinstance(node, ast.Dict) else None
-                return union(items, items=keep or None, listed=not isinstance(node, ast.Tuple))
+                return union(items, items=keep or None)
             case (
                 ast.ListComp(part, generators)
                 | ast.SetComp(part, generators)
@@ -607,7 +560,7 @@ class Reader:
             ):
                 for generator in generators:
                     self.assign(generator.target, self.ev(generator.iter).element(), node)
-                return union([self.ev(part)], listed=True)
+                return union([self.ev(part)])
         parts = [self.ev(part) for part in ast.iter_child_nodes(node) if isinstance(part, ast.expr)]
         found = union(parts)
         match node:
@@ -640,28 +593,23 @@ class Reader:
 
     def string(self, node: ast.expr) -> str:
         """A name, with `*` for what varies."""
-        match node:
-            case ast.JoinedStr(values=values):
-                return "".join(map(self.string, values))
-            case ast.BinOp(left, _, right):
-                return self.string(left) + self.string(right)
-        const = "*" if isinstance(node, ast.FormattedValue) else self.ev(node).const
-        return const if isinstance(const, str) else "*"
+        const = self.ev(node).const
+        text = re.sub(r"\{.*?\}", "*", ast.unparse(node).strip("f'\""))
+        return const if isinstance(const, str) else text
 
 
-def halves(node: ast.FunctionDef) -> tuple[list[ast.stmt], list[ast.stmt], ast.expr | None]:
-    """What a context manager does before and after its `yield`, and what that gives."""
-    body, before = list(node.body), list[ast.stmt]()
-    while body:
-        statement = body.pop(0)
-        found = [part for part in ast.walk(statement) if isinstance(part, ast.Yield)]
-        if found and isinstance(statement, ast.Try):
-            body = [*statement.body, *statement.finalbody, *body]
-        elif found:
-            return before, body, found[0].value
-        else:
-            before.append(statement)
-    return before, [], None
+def facts(test: ast.expr, truth: bool) -> Iterator[tuple[ast.expr, bool, bool]]:
+    """What a condition says: of what, whether it is there, and whether that means "not None"."""
+    match test:
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            yield from facts(operand, not truth)
+        case ast.BoolOp(op=op, values=values):
+            for value in values if truth == isinstance(op, ast.And) else ():
+                yield from facts(value, truth)
+        case ast.Compare(left, [op], [ast.Constant(value=None)]):
+            yield left, truth != isinstance(op, (ast.Is, ast.Eq)), True
+        case _:
+            yield test, truth, False
 
 
 def called(node: ast.AST) -> str:

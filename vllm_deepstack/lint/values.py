@@ -71,9 +71,7 @@ class Value:
     none: bool = False
     some: bool = True
     tensor: bool = False
-    listed: bool = False
     registered: bool = False
-    optional: bool = False  # of an argument that some steps leave out
     const: Any = UNKNOWN
     holds: Instance | None = None
     method: tuple[Method, Instance | None] | None = None
@@ -114,11 +112,10 @@ def join(*values: Value) -> Value:
         return values[0]
     some = [v for v in values if v.some] or [*values]
     same = len({len(v.items or ()) for v in some}) == 1 and some[0].items
-    either = {name: any(getattr(v, name) for v in values) for name in ("none", "some", "listed")}
+    either = {name: any(getattr(v, name) for v in values) for name in ("none", "some")}
     return union(
         values,
         **either,
-        optional=any(v.optional for v in values),
         holds=next((v.holds for v in some if v.holds), None),
         method=some[0].method,
         items=tuple(join(*several) for several in zip(*(v.items or () for v in some)))
