@@ -6,7 +6,7 @@ import ast
 import builtins
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -201,7 +201,8 @@ class Files:
         files = (path.with_suffix(".py"), path / "__init__.py") if path else ()
         return next((cls for found in files if (cls := self.find(found, original))), None)
 
-    def classes(self) -> Iterator[Class]:
+    @cached_property
+    def models(self) -> list[Class]:
         """Those of the files that were asked for which stage something: they, or what they
         inherit, have `embed_input_ids` and `forward`. Other files are not parsed."""
         found = [(m, name, bases) for m in self.asked for name, bases in CLASS.findall(m.text)]
@@ -213,12 +214,9 @@ class Files:
             words = {name: set(re.findall(r"\w+", bases)) for _, name, bases in found}
             elsewhere = {n for n, w in words.items() if any(map(MODEL.search, w - names))}
             more = ({n for n, w in words.items() if w & family} | elsewhere) - family
-        for module in self.asked:
-            if any(name in family for m, name, _ in found if m is module):
-                for name in module.classes:
-                    cls = self.find(module.file, name)
-                    if cls and cls.method(EMBED) and cls.method(FORWARD):
-                        yield cls
+        modules = dict.fromkeys(m for m, name, _ in found if name in family)
+        every = [self.find(module.file, name) for module in modules for name in module.classes]
+        return [cls for cls in every if cls and cls.method(EMBED) and cls.method(FORWARD)]
 
 
 def own_attribute(node: ast.AST) -> str | None:

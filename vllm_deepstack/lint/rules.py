@@ -9,8 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from .classes import Class, Method
-from .state import BIND, CLEAR, EMBEDDING, GONE, NEW, OLD, RUNNING, Reader, Write
-from .values import ROWS, Cell, Made, Place
+from .state import BIND, CLEAR, GONE, NEW, OLD, ROWS, Cell, Made, Place, Reader, Write
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Model:
         self.cls, self.reader = cls, Reader(cls)
         self.embedded = self.reader.embed()
         self.staged: dict[Cell, Write] = {}
-        for write in self.reader.writes[EMBEDDING]:
+        for write in self.reader.writes[1]:
             bound = write.kind == BIND and not (write.value.tensor or write.value.made)
             if write.kind != CLEAR and write.value.some and not bound:
                 self.staged.setdefault(write.cell, write)
@@ -64,7 +63,7 @@ class Model:
         return value.made if value else frozenset()
 
     def binds(self, cell: Cell) -> list[Write]:
-        writes = self.reader.writes[EMBEDDING] + self.reader.writes[RUNNING]
+        writes = self.reader.writes[1] + self.reader.writes[2]
         return [w for w in writes if w.cell == cell and w.kind == BIND and w.value.some]
 
     @cached_property
@@ -97,7 +96,7 @@ def outlives(model: Model, cell: Cell) -> Place | None:
         return None
     if model.ran and model.ran.marks.get(cell) == {GONE} and not model.binds(cell):
         return None  # the graph has the clearing in it
-    clears = [w for w in model.reader.writes[RUNNING] if w.cell == cell]
+    clears = [w for w in model.reader.writes[2] if w.cell == cell]
     return (clears or [model.staged[cell]])[0]
 
 
@@ -119,9 +118,9 @@ def from_row_0(model: Model, cell: Cell) -> Place | None:
     names = " ".join(cls.name.lower() for cls in model.cls.lineage)
     for place, value, on in model.reader.handed[cell]:
         experts = "FusedMoE(" in on.cls.module.text if on else False
-        if experts or "moe" in names or "mixtureofexperts" in names:
-            if any(ref.cell == cell and ref.extent == ROWS for ref in value.refs):
-                return place
+        rows = any(ref.cell == cell and ref.extent == ROWS for ref in value.refs)
+        if rows and (experts or "moe" in names or "mixtureofexperts" in names):
+            return place
     return None
 
 
@@ -135,25 +134,34 @@ def wiped(model: Model, cell: Cell) -> Place | None:
     return model.reader.wiped.get(cell)
 
 
-TABLE = (
-    ("none-or-tensor", "None at some steps, a tensor at others", none_or_tensor)
-    + ("forward is compiled or captured while it is None, and later tensors are ignored",),
-    ("stale-staging", "not cleared when a graph is replayed", outlives)
-    + ("a replayed graph does not clear it, so that later steps read what this one staged",),
-    ("rebound-storage", "storage rebound after capture", rebound)
-    + ("it is bound to new storage, and a captured graph goes on reading the old",),
-    ("unregistered-state", "state outside named_buffers", unregistered)
-    + ("it is in no named_buffers(): sleep(level=2) loses it, and rows are read unwritten",),
-    ("rows-from-zero", "rows read from 0 under micro-batches", from_row_0)
-    + ("it is read from row 0: with dual-batch overlap the second half reads the first's rows",),
-    ("meta-device-state", "made on the meta device, and read", on_meta)
-    + ("it is made with the tower, which is on the meta device where its limits are 0",),
-    ("wiped-before-read", "wiped before it is read", wiped)
-    + ("forward wipes what this step staged before the decoder gets it",),
-)
+TABLE = """
+None at some steps, a tensor at others
+forward is compiled or captured while it is None, and later tensors are ignored
+not cleared when a graph is replayed
+a replayed graph does not clear it, so that later steps read what this one staged
+storage rebound after capture
+it is bound to new storage, and a captured graph goes on reading the old
+state outside named_buffers
+it is in no named_buffers(): sleep(level=2) loses it, and rows are read unwritten
+rows read from 0 under micro-batches
+it is read from row 0: with dual-batch overlap the second half reads the first's rows
+made on the meta device, and read
+it is made with the tower, which is on the meta device where its limits are 0
+wiped before it is read
+forward wipes what this step staged before the decoder gets it
+""".strip().splitlines()
+FINDERS = {
+    "none-or-tensor": none_or_tensor,
+    "stale-staging": outlives,
+    "rebound-storage": rebound,
+    "unregistered-state": unregistered,
+    "rows-from-zero": from_row_0,
+    "meta-device-state": on_meta,
+    "wiped-before-read": wiped,
+}
 RULES = {
-    code: Rule(code, name, title, why, find)
-    for code, (name, title, find, why) in zip((f"DS00{i}" for i in range(1, 8)), TABLE)
+    (code := f"DS{i:03}"): Rule(code, name, TABLE[2 * i - 2], TABLE[2 * i - 1], find)
+    for i, (name, find) in enumerate(FINDERS.items(), 1)
 }
 
 

@@ -1,4 +1,4 @@
-"""Reads what `__init__`, `embed_input_ids` and `forward` do to attributes: in order, on all paths."""
+"""Reads what methods do to attributes: in order, on all paths."""
 
 from __future__ import annotations
 
@@ -7,24 +7,140 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
+from typing import Any, NamedTuple
 
 from .classes import EMBED, FORWARD, INIT, Class, Method
-from .values import ARGUMENTS, LEVEL, NONE, PART, ROWS, UNKNOWN, WHOLE
-from .values import Cell, Instance, Made, Place, Ref, Value, join, union
 
 MAKING, EMBEDDING, RUNNING = range(3)
 BIND, CLEAR, FILL, STAGE = "bind", "clear", "fill", "stage"
 OLD, CLEAN, NEW, READ, GONE = "old", "clean", "new", "read", "gone"
 """What an attribute holds: what was there before; nothing; new contents in all rows; what the
 decoder has read; nothing, since the decoder read it."""
-SIZES = "size shape device dtype numel dim ndim item stride".split()
-VIEWS = "view reshape unsqueeze squeeze transpose permute expand t T flatten unbind chunk".split()
-VIEWS += "split select detach data values items expand_as view_as get".split()
-ADDS = "append extend update setdefault insert add".split()
-OVERWRITES = "copy_ fill_ normal_ uniform_".split()
-PLAIN = "range len isinstance hasattr int bool any all type".split()
-CONTAINERS = "dict list tuple sorted reversed set next iter cast".split()
-DEPTH = 12
+SIZES = {"size", "shape", "device", "dtype", "numel", "dim", "ndim", "item", "stride"}
+VIEWS = {"view", "reshape", "unsqueeze", "squeeze", "transpose", "permute", "expand", "t", "T"}
+VIEWS |= {"flatten", "unbind", "chunk", "split", "select", "detach", "data", "values", "items"}
+VIEWS |= {"expand_as", "view_as", "get"}
+ADDS = {"append", "extend", "update", "setdefault", "insert", "add"}
+OVERWRITES = {"copy_", "fill_", "normal_", "uniform_"}
+PLAIN = {"range", "len", "isinstance", "hasattr", "int", "bool", "any", "all", "type"}
+CONTAINERS = {"dict", "list", "tuple", "sorted", "reversed", "set", "next", "iter", "cast"}
+WHOLE, LEVEL, ROWS, PART = range(4)
+"""How much of a tensor an alias has: all; one of several, in a loop over all of them; the first
+rows; another part, which says nothing about the rest."""
+UNKNOWN: Any = object()
+
+
+@dataclass(frozen=True)
+class Place:
+    """A line of a method."""
+
+    method: Method
+    line: int
+
+
+@dataclass(eq=False)
+class Instance:
+    """The model, or an object of a class in the same file that it makes."""
+
+    cls: Class
+    given: tuple[list[Value], dict[str, Value]] = field(default_factory=lambda: ([], {}))
+    in_tower: bool = False
+    path: str = ""
+    initial: dict[Cell, Value] | None = None
+    """What `__init__` leaves in its attributes."""
+
+
+class Cell(NamedTuple):
+    """An attribute."""
+
+    owner: Instance
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.owner.path}.{self.name}".lstrip(".")
+
+
+ARGUMENTS = Cell(Instance(None), "")  # type: ignore[arg-type]
+"""Stands for what a step gives to `embed_input_ids` or `forward`."""
+
+
+class Ref(NamedTuple):
+    cell: Cell
+    extent: int
+    bound: object  # since when: another object for each time that the attribute is bound
+
+
+class Made(NamedTuple):
+    """Where a tensor is made."""
+
+    place: Place
+    on_meta: bool
+
+
+@dataclass(frozen=True)
+class Value:
+    refs: frozenset[Ref] = frozenset()
+    data: frozenset[Cell] = frozenset()  # whose contents it is computed from
+    deps: frozenset[Cell] = frozenset()  # what it depends on at all, sizes included
+    unless: frozenset[Cell] = frozenset()  # what decides whether it is None, or left out
+    made: frozenset[Made] = frozenset()
+    none: bool = False
+    some: bool = True
+    tensor: bool = False
+    registered: bool = False
+    const: Any = UNKNOWN
+    holds: Instance | None = None
+    method: tuple[Method, Instance | None] | None = None
+    items: tuple[Value, ...] | None = None
+    each: Value | None = None
+
+    @property
+    def cells(self) -> frozenset[Cell]:
+        return self.data | {ref.cell for ref in self.refs}
+
+    def part(self, extent: int) -> Value:
+        refs = frozenset(ref._replace(extent=max(ref.extent, extent)) for ref in self.refs)
+        return union([replace(self, refs=refs)])
+
+    def element(self) -> Value:
+        return self.each or (join(*self.items) if self.items else self.part(LEVEL))
+
+    def computed(self) -> Value:
+        """From its contents, in storage of its own."""
+        return Value(data=self.cells, deps=self.deps, tensor=self.tensor, unless=self.unless)
+
+
+NONE = Value(none=True, some=False, const=None)
+
+
+def union(values: Iterable[Value], **others: Any) -> Value:
+    """Made of all of them."""
+    values = list(values)
+    names = ("refs", "data", "deps", "unless", "made")
+    sets = [frozenset().union(*(getattr(v, name) for v in values)) for name in names]
+    tensor, registered = any(v.tensor for v in values), any(v.registered for v in values)
+    return replace(Value(*sets, tensor=tensor, registered=registered), **others)  # type: ignore
+
+
+def join(*values: Value) -> Value:
+    """One of them, by the path that was taken."""
+    if all(value == values[0] for value in values):
+        return values[0]
+    some = [v for v in values if v.some] or [*values]
+    same = len({len(v.items or ()) for v in some}) == 1 and some[0].items
+    either = {name: any(getattr(v, name) for v in values) for name in ("none", "some")}
+    return union(
+        values,
+        **either,
+        holds=next((v.holds for v in some if v.holds), None),
+        method=some[0].method,
+        items=tuple(join(*several) for several in zip(*(v.items or () for v in some)))
+        if same
+        else None,
+        each=next((v.each for v in some if v.each), None),
+    )
+
+
 Given = tuple[list[Value], dict[str, Value]]
 
 
@@ -175,9 +291,9 @@ class Reader:
 
     def use(self, value: Value) -> None:
         for cell, _, bound in value.refs if self.phase == RUNNING and self.state else ():
-            if bound is self.now.bound.get(cell) not in self.recomputed and cell in self.wipes:
-                if self.now.marks.get(cell, frozenset()) & {CLEAN, NEW}:
-                    self.wiped.setdefault(cell, self.wipes[cell])
+            current = bound is self.now.bound.get(cell) not in self.recomputed
+            if current and cell in self.wipes and self.now.marks.get(cell, set()) & {CLEAN, NEW}:
+                self.wiped.setdefault(cell, self.wipes[cell])
 
     def hand_on(self, node: ast.Call, on: Instance | None) -> Value:
         """To a submodule."""
@@ -383,7 +499,7 @@ class Reader:
 
     def call(self, method: Method, on: Instance | None, given: Given) -> Value:
         values, keywords = given
-        if method in [f.method for f in self.frames] or len(self.frames) > DEPTH:
+        if method in [f.method for f in self.frames] or len(self.frames) > 12:
             return union([*values, *keywords.values()]).computed()
         args = method.node.args
         names, bound = [a.arg for a in (*args.posonlyargs, *args.args)], dict(keywords)
