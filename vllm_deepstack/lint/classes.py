@@ -208,12 +208,11 @@ class Files:
         found = [(m, name, bases) for m in self.asked for name, bases in CLASS.findall(m.text)]
         names = {name for _, name, _ in found}
         family = {name for m, name, _ in found if f"def {EMBED}(" in m.text}
-        more = set(family)
-        while more:  # what inherits it, and models of files that were not asked for, by the text
+        words = {name: set(re.findall(r"\w+", bases)) for _, name, bases in found}
+        more = {n for n, w in words.items() if any(map(MODEL.search, w - names))} | family
+        while more:  # what inherits those, and models of files that were not asked for
             family |= more
-            words = {name: set(re.findall(r"\w+", bases)) for _, name, bases in found}
-            elsewhere = {n for n, w in words.items() if any(map(MODEL.search, w - names))}
-            more = ({n for n, w in words.items() if w & family} | elsewhere) - family
+            more = {n for n, w in words.items() if w & family} - family
         modules = dict.fromkeys(m for m, name, _ in found if name in family)
         every = [self.find(module.file, name) for module in modules for name in module.classes]
         return [cls for cls in every if cls and cls.method(EMBED) and cls.method(FORWARD)]
