@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from .classes import Class, Method
-from .state import BIND, CLEAR, GONE, NEW, OLD, ROWS, Cell, Made, Place, Reader, Write
+from .classes import EMBED, FORWARD, Class, Method
+from .state import BIND, CLEAR, GONE, NEW, OLD, ROWS, Cell, Made, Place, Reader, State, Write
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,14 @@ class Model:
 
     def __init__(self, cls: Class):
         self.cls, self.reader = cls, Reader(cls)
-        self.embedded = self.reader.embed()
+        self.embedded = self.reader.step(1, EMBED, {})
         self.staged: dict[Cell, Write] = {}
         for write in self.reader.writes[1]:
             bound = write.kind == BIND and not (write.value.tensor or write.value.made)
             if write.kind != CLEAR and write.value.some and not bound:
                 self.staged.setdefault(write.cell, write)
-        self.ran = self.reader.forward(self.embedded) if self.staged else None
+        heap = (self.reader.merge(State(), self.embedded) or self.embedded).heap
+        self.ran = self.reader.step(2, FORWARD, heap) if self.staged else None
 
     def made(self, cell: Cell) -> frozenset[Made]:
         """Where `__init__` makes its tensors: the storage that a captured graph keeps reading."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from typing import Any, NamedTuple
 
-from .classes import EMBED, FORWARD, INIT, Class, Method
+from .classes import FORWARD, INIT, Class, Method
 
 MAKING, EMBEDDING, RUNNING = range(3)
 BIND, CLEAR, FILL, STAGE = "bind", "clear", "fill", "stage"
@@ -127,21 +127,20 @@ def join(*values: Value) -> Value:
     if all(value == values[0] for value in values):
         return values[0]
     some = [v for v in values if v.some] or [*values]
-    same = len({len(v.items or ()) for v in some}) == 1 and some[0].items
+    same = (len({len(v.items or ()) for v in some}) == 1 and some[0].items) or None
     either = {name: any(getattr(v, name) for v in values) for name in ("none", "some")}
     return union(
         values,
         **either,
         holds=next((v.holds for v in some if v.holds), None),
         method=some[0].method,
-        items=tuple(join(*several) for several in zip(*(v.items or () for v in some)))
-        if same
-        else None,
+        items=same and tuple(join(*several) for several in zip(*(v.items or () for v in some))),
         each=next((v.each for v in some if v.each), None),
     )
 
 
 Given = tuple[list[Value], dict[str, Value]]
+Cells = frozenset[Cell]
 
 
 @dataclass(frozen=True)
@@ -176,7 +175,7 @@ class Reader:
     def __init__(self, cls: Class):
         self.root = Instance(cls)
         self.phase, self.in_tower = MAKING, False
-        self.state: State | None = None  # None: no path leads here
+        self.state: Any = None  # a State; None: no path leads here
         self.frames: list[Frame] = []
         self.asked: frozenset[Cell] = frozenset()  # by the conditions around a statement
         self.writes: tuple[list[Write], ...] = ([], [], [])
@@ -186,24 +185,17 @@ class Reader:
         self.recomputed: set[object] = set()  # bindings, to what `forward` has from its arguments
         self.defaulted: set[Cell] = set()
 
-    def embed(self) -> State:
-        return self.step(EMBEDDING, EMBED, {})
-
-    def forward(self, embedded: State) -> State:
-        return self.step(RUNNING, FORWARD, (self.merge(State(), embedded) or embedded).heap)
-
     def step(self, phase: int, name: str, heap: dict[Cell, Value]) -> State:
+        """`embed_input_ids` or `forward`, with all that it may be given."""
         self.phase, self.state, method = phase, State(heap), self.root.cls.method(name)
         assert method
         args, step = method.node.args, frozenset([ARGUMENTS])
-        optional = {a.arg for a in args.args[len(args.args) - len(args.defaults) :]}
-        optional |= {a.arg for a in args.kwonlyargs}
-        value = Value(data=step, deps=step, tensor=True)
-        given = {
-            a.arg: replace(value, none=a.arg in optional)
-            for a in (*args.args[1:], *args.kwonlyargs)
-        }
-        self.call(method, self.root, ([], given))
+        optional = [a.arg for a, _ in zip(args.args[::-1], args.defaults)]
+        optional += [a.arg for a in args.kwonlyargs]
+        names = [a.arg for a in (*args.args[1:], *args.kwonlyargs)]
+        given = Value(data=step, deps=step, tensor=True)
+        every = {name: replace(given, none=name in optional) for name in names}
+        self.call(method, self.root, ([], every))
         return self.state or State()
 
     def initial(self, cell: Cell) -> Value | None:
@@ -228,11 +220,6 @@ class Reader:
                 return NONE if const is None else Value(const=const)
         return None
 
-    @property
-    def now(self) -> State:
-        assert self.state is not None
-        return self.state
-
     def place(self, node: ast.AST) -> Place:
         return Place(self.frames[-1].method, getattr(node, "lineno", 1))
 
@@ -241,13 +228,13 @@ class Reader:
         if isinstance(member, Method):
             bound = Value(method=(member, on))
             return self.call(member, on, ([], {})) if member.is_a("property") else bound
-        held = self.now.heap.get(cell) or self.initial(cell) or Value()
+        held = self.state.heap.get(cell) or self.initial(cell) or Value()
         deps = held.deps | {cell}
         if held.holds or held.refs:
             return replace(held, deps=deps)
-        if cell not in self.now.heap:
+        if cell not in self.state.heap:
             held = replace(held, const=UNKNOWN)  # as a step has left it, not as it began
-        ref = Ref(cell, WHOLE, self.now.bound.get(cell))
+        ref = Ref(cell, WHOLE, self.state.bound.get(cell))
         return replace(held, refs=frozenset([ref]), data=frozenset(), deps=deps, items=None)
 
     def store(self, on: Instance, name: str, value: Value, node: ast.AST) -> None:
@@ -259,7 +246,7 @@ class Reader:
         self.write(BIND, Cell(on, name), value, node)
 
     def write(self, kind: str, cell: Cell, value: Value, node: ast.AST) -> None:
-        place, state, own = self.place(node), self.now, cell in value.cells
+        place, state, own = self.place(node), self.state, cell in value.cells
         self.writes[self.phase].append(Write(place.method, place.line, cell, kind, value))
         if kind == BIND:
             alias = self.phase == MAKING or (self.phase == RUNNING and value.refs and not own)
@@ -291,8 +278,8 @@ class Reader:
 
     def use(self, value: Value) -> None:
         for cell, _, bound in value.refs if self.phase == RUNNING and self.state else ():
-            current = bound is self.now.bound.get(cell) not in self.recomputed
-            if current and cell in self.wipes and self.now.marks.get(cell, set()) & {CLEAN, NEW}:
+            current = bound is self.state.bound.get(cell) not in self.recomputed
+            if current and cell in self.wipes and self.state.marks.get(cell, set()) & {CLEAN, NEW}:
                 self.wiped.setdefault(cell, self.wipes[cell])
 
     def hand_on(self, node: ast.Call, on: Instance | None) -> Value:
@@ -307,13 +294,11 @@ class Reader:
                     self.handed.setdefault(cell, []).append((self.place(node), value, on))
             if on and (method := on.cls.method(FORWARD)):
                 self.call(method, on, (values, keywords))
-            self.now.marks |= dict.fromkeys(union(every).cells, frozenset([READ]))
+            self.state.marks |= dict.fromkeys(union(every).cells, frozenset([READ]))
         deps = union(every).deps
         return Value(data=deps & {ARGUMENTS}, deps=deps, tensor=True)
 
-    def merge(
-        self, a: State | None, b: State | None, deps: frozenset[Cell] | None = None
-    ) -> State | None:
+    def merge(self, a: State | None, b: State | None, deps: Cells | None = None) -> State | None:
         """`deps`: of the condition between them."""
         if a is None or b is None:
             return a or b
@@ -337,7 +322,7 @@ class Reader:
         return found
 
     def branch(self, test: ast.expr, *bodies: Callable[[], Value]) -> Value:
-        deps, before, asked = self.ev(test).deps, self.now, self.asked
+        deps, before, asked = self.ev(test).deps, self.state, self.asked
         values, states = [], []
         for truth, body in zip((True, False), bodies):
             self.state, self.asked = before.copy(), asked | deps
@@ -352,11 +337,11 @@ class Reader:
     def holds(self, subject: ast.expr, there: bool, exactly: bool) -> bool:
         """Whether a fact is possible; from here on, it is one."""
         value = self.ev(subject)
-        if there and isinstance(subject, ast.Name) and subject.id in self.now.names:
-            self.now.names[subject.id] = replace(value, none=False, some=True, unless=frozenset())
+        if there and isinstance(subject, ast.Name) and subject.id in self.state.names:
+            self.state.names[subject.id] = replace(value, none=False, some=True, unless=frozenset())
         if not there and isinstance(subject, (ast.Name, ast.Attribute, ast.Call)):
             whole = [ref.cell for ref in value.refs if ref.extent == WHOLE]
-            self.now.marks |= dict.fromkeys(whole, frozenset())  # there is no such state
+            self.state.marks |= dict.fromkeys(whole, frozenset())  # there is no such state
         known = value.const is not UNKNOWN and not exactly
         if there:
             return value.some and not (known and not value.const)
@@ -384,19 +369,21 @@ class Reader:
                     self.assign(target, union([before.computed(), new]), node)
             case ast.Return(value=value):
                 new = self.ev(value) if value else replace(NONE, unless=self.asked)
-                self.frames[-1].exits.append((self.now, new, ARGUMENTS in self.asked))
+                self.frames[-1].exits.append((self.state, new, ARGUMENTS in self.asked))
                 self.state = None
             case ast.Raise():
                 self.state = None
             case ast.If(test, body, orelse):
                 self.branch(test, lambda: self.run(body), lambda: self.run(orelse))
-            case ast.For(target, over, body):
-                new = self.ev(over)
-                self.assign(target, new.element(), node)
-                self.loop(body, new.none)
-            case ast.While(test, body):
-                self.ev(test)
-                self.loop(body, False)
+            case ast.For(body=body) | ast.While(body=body):
+                over = self.ev(node.iter if isinstance(node, ast.For) else node.test)
+                before, asked = self.state.copy(), self.asked
+                if isinstance(node, ast.For):
+                    self.assign(node.target, over.element(), node)
+                self.run(body)
+                self.state, self.asked = self.state or before, asked
+                if over.none and isinstance(node, ast.For):
+                    self.state = self.merge(self.state, before)
             case ast.With(items, body):
                 outside = self.in_tower
                 for item in items:
@@ -408,26 +395,26 @@ class Reader:
                 self.run(body)
                 self.in_tower = outside
             case ast.Try(body, handlers, orelse, []):
-                before_it = self.now.copy()
+                start = self.state.copy()
                 self.run(body)
                 end = self.state
                 self.run(orelse)
                 ends = [self.state]
                 for handler in handlers:
-                    self.state = self.merge(before_it.copy(), end)
+                    self.state = self.merge(start.copy(), end)
                     self.run(handler.body)
                     ends.append(self.state)
                 self.state = reduce(self.merge, ends)
             case ast.Try(body, handlers, orelse, after):
                 exits, count = self.frames[-1].exits, len(self.frames[-1].exits)
                 self.run([ast.Try(body, handlers, orelse, [])])
-                ends = [*exits[count:], (self.state, None, False)]
+                left = [*exits[count:], (self.state, None, False)]
                 if not any(isinstance(part, ast.Yield) for part in ast.walk(node)):
                     del exits[count:]
-                    for self.state, value, given in ends:
+                    for self.state, returned, given in left:
                         self.run(after)
-                        if self.state and value:
-                            exits.append((self.state, value, given))
+                        if self.state and returned:
+                            exits.append((self.state, returned, given))
             case ast.Match(subject, cases):
                 self.match(self.ev(subject), cases)
             case _:
@@ -435,31 +422,23 @@ class Reader:
                     if isinstance(part, ast.expr):
                         self.ev(part)
 
-    def loop(self, body: list[ast.stmt], skipped: bool) -> None:
-        before, asked = self.now.copy(), self.asked
-        self.run(body)
-        self.state, self.asked = self.state or before, asked
-        self.state = self.merge(self.state, before) if skipped else self.state
-
     def match(self, subject: Value, cases: list[ast.match_case]) -> None:
-        before, ends = self.now, list[State | None]()
+        before, ends = self.state, list[State | None]()
         for case in cases:
             self.state = before.copy()
             names = [n for p in ast.walk(case.pattern) if (n := getattr(p, "name", None))]
             self.state.names |= dict.fromkeys(names, subject.part(LEVEL))
             self.run(case.body)
             ends.append(self.state)
-        match cases[-1]:
-            case ast.match_case(ast.MatchAs(pattern=None), None):
-                pass
-            case _:
-                ends.append(before)
+        last = cases[-1]
+        if not isinstance(last.pattern, ast.MatchAs) or last.pattern.pattern or last.guard:
+            ends.append(before)
         self.state = reduce(partial(self.merge, deps=subject.deps), ends)
 
     def assign(self, target: ast.expr, value: Value, node: ast.AST) -> None:
         match target:
             case ast.Name(id=name):
-                self.now.names[name] = value
+                self.state.names[name] = value
             case ast.Tuple(elts=parts) | ast.List(elts=parts):
                 items = value.items or ()
                 for i, part in enumerate(parts):
@@ -473,22 +452,21 @@ class Reader:
                     self.write(BIND, ref.cell, value, node)
             case ast.Subscript(value=base, slice=key):
                 on = self.ev(base)
-                part_, copied = self.index(on, key)
+                found, copied = self.index(on, key)
+                kind = STAGE if copied else CLEAR if value.const in (0, False) else FILL
+                self.change(on if copied else found, kind, value, node)
                 if not on.refs:
                     self.add(base, value)
-                else:
-                    kind = CLEAR if value.const in (0, False) else FILL
-                    self.change(on if copied else part_, STAGE if copied else kind, value, node)
 
     def add(self, target: ast.expr, value: Value) -> None:
         """To a container that is a local name."""
         while isinstance(target, (ast.Subscript, ast.Attribute)):
             target = target.value
-        if isinstance(target, ast.Name) and (held := self.now.names.get(target.id)):
+        if isinstance(target, ast.Name) and (held := self.state.names.get(target.id)):
             if value.cells or value.tensor:
                 value = replace(value, unless=value.unless | self.asked)
             new = union([held, value])
-            self.now.names[target.id] = held if held.holds else new
+            self.state.names[target.id] = held if held.holds else new
 
     def arguments(self, node: ast.Call) -> Given:
         values, keywords = [self.ev(part) for part in node.args], dict[str, Value]()
@@ -512,8 +490,8 @@ class Reader:
             bound.setdefault(name, bound["**"] if "**" in bound else self.ev(default))
         if args.kwarg:
             bound[args.kwarg.arg] = union(keywords.values())
-        kept, asked, frame = self.now.names, self.asked, Frame(method, on)
-        self.now.names = bound
+        kept, asked, frame = self.state.names, self.asked, Frame(method, on)
+        self.state.names = bound
         self.frames.append(frame)
         self.run(method.node.body)
         self.frames.pop()
@@ -526,12 +504,8 @@ class Reader:
         return join(*([v for _, v, _ in ends if v is not NONE] or [NONE]))
 
     def called(self, node: ast.Call) -> Value:
-        name, frame, on, owner = (
-            called(node),
-            self.frames[-1],
-            Value(),
-            self.frames[-1].method.owner,
-        )
+        name, frame, on = called(node), self.frames[-1], Value()
+        owner = frame.method.owner
         match node.func:
             case ast.Attribute(value=ast.Call(func=ast.Name(id="super"), args=start)):
                 names = {ast.unparse(start[0])} if start else {owner.name}
@@ -541,7 +515,7 @@ class Reader:
                 if method:
                     return self.call(method, frame.on, self.arguments(node))
                 return self.other(node, on)
-            case ast.Name() if name not in self.now.names:
+            case ast.Name() if name not in self.state.names:
                 if name in owner.module.classes and (cls := owner.sibling(name)):
                     return Value(holds=Instance(cls, self.arguments(node), self.in_tower))
                 if found := self.builtin(node, name):
@@ -554,15 +528,14 @@ class Reader:
             return self.call(*function.method, self.arguments(node))
         if isinstance(node.func, ast.Attribute):
             on = self.ev(node.func.value)
+            values, keywords = self.arguments(node)
             if on.holds and name.startswith("register_"):
-                values, keywords = self.arguments(node)
-                keywords = {**dict(zip(("name", "tensor"), values)), **keywords}
+                tensor = {**dict(zip(("", "tensor"), values)), **keywords}.get("tensor", NONE)
                 key = self.string(node.args[0] if node.args else node.keywords[0].value)
-                tensor = replace(keywords.get("tensor", NONE), registered=name == "register_buffer")
-                self.store(on.holds, key, tensor, node)
+                new = replace(tensor, registered=name == "register_buffer")
+                self.store(on.holds, key, new, node)
                 return NONE
             if name in ADDS and not on.refs:
-                values, keywords = self.arguments(node)
                 self.add(node.func.value, union([*values, *keywords.values()]))
                 return on
         opaque = on.refs and not (on.made or on.tensor or name in VIEWS or name[-1] == "_")
@@ -580,13 +553,11 @@ class Reader:
             value, cell = self.load(on, key), Cell(on, key)
             if value.refs and len(values) > 2 and not values[2].some and not self.initial(cell):
                 self.defaulted.add(cell)
-                return replace(value, none=True, some=cell in self.now.heap)
+                return replace(value, none=True, some=cell in self.state.heap)
             return value
-        if name == "zip":
-            return union(values, each=Value(items=tuple(v.element() for v in values)))
-        if name == "enumerate":
-            pair = Value(items=(Value(), values[0].element()))
-            return union(values, each=pair)
+        if name in ("zip", "enumerate"):
+            parts = [Value(), *values] if name == "enumerate" else values
+            return union(values, each=Value(items=tuple(v.element() for v in parts)))
         if name in PLAIN:
             return Value(deps=union(values).deps)
         return values[0] if name in ("list", "tuple", "reversed") and len(values) == 1 else None
@@ -641,7 +612,7 @@ class Reader:
                 owner = self.frames[-1].method.owner
                 function = owner.module.functions.get(name)
                 found = Value(method=(Method(owner, function), None)) if function else Value()
-                return self.now.names.get(name, found)
+                return self.state.names.get(name, found)
             case ast.Attribute(value=base, attr=name):
                 on = self.ev(base)
                 if on.holds:
@@ -668,20 +639,14 @@ class Reader:
                 fixed = not any(isinstance(p, ast.Starred) for p in (node, *parts))
                 keep = items if fixed and not isinstance(node, ast.Dict) else None
                 return union(items, items=keep or None)
-            case (
-                ast.ListComp(part, generators)
-                | ast.SetComp(part, generators)
-                | ast.GeneratorExp(part, generators)
-                | ast.DictComp(_, part, generators)
-            ):
-                for generator in generators:
+            case ast.ListComp() | ast.SetComp() | ast.GeneratorExp() | ast.DictComp():
+                for generator in node.generators:
                     self.assign(generator.target, self.ev(generator.iter).element(), node)
-                return union([self.ev(part)])
-        parts = [self.ev(part) for part in ast.iter_child_nodes(node) if isinstance(part, ast.expr)]
-        found = union(parts)
-        match node:
-            case ast.Compare(ops=[ast.Is() | ast.IsNot() | ast.In() | ast.NotIn(), *_]):
-                return Value(deps=found.deps)
+                return union([self.ev(node.value if isinstance(node, ast.DictComp) else node.elt)])
+        inner = [part for part in ast.iter_child_nodes(node) if isinstance(part, ast.expr)]
+        found = union(self.ev(part) for part in inner)
+        if isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.Is, ast.IsNot, ast.In)):
+            return Value(deps=found.deps)
         self.use(found)
         return found.computed()
 
