@@ -79,8 +79,8 @@ def test_at_most_one_in_ten_is_false():
 
 
 def test_of_the_fork_what_is_latent_is_left(unpacked, tmp_path):
-    """D5 in docs/lint.md; and Qwen4-Exp, whose text-only steps do not clear: its checkpoints have no
-    levels."""
+    """D5 in docs/lint.md; and Qwen4-Exp, whose text-only steps do not clear: it has no checkpoints
+    with levels."""
     tree = shutil.copytree(unpacked("0.33.0"), tmp_path / "tree", copy_function=os.link)
     Tree(tree).apply()
     places, _ = found(tree, "0.33.0")

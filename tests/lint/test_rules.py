@@ -301,6 +301,16 @@ class TestCommand:
         assert main(["lint", "derived.py", "base.py"]) == 1
         assert main(["lint", "derived.py", "--format", "json"]) == 0
 
+    def test_what_a_file_makes_of_its_base_is_its_own(self, tmp_path, monkeypatch, capsys):
+        """The base clears; what stages in its place does not."""
+        monkeypatch.chdir(tmp_path)
+        write(Path("base.py"), REGISTER, CLEAR_FIRST, RUN_AND_CLEAR)
+        stage = "    def embed_input_ids(self, ids, m=None):\n        self.staged[m] = ids\n"
+        Path("derived.py").write_text(DERIVED.replace("    pass\n", stage))
+        assert main(["lint", "base.py"]) == 0
+        assert main(["lint", "derived.py"]) == 1
+        assert "not asked for" not in capsys.readouterr().out
+
     def test_baseline(self, file, capsys):
         assert main(["lint", "model.py", "--write-baseline", "known.json"]) == 0
         file.write_text("# One line more.\n" + file.read_text())

@@ -57,10 +57,6 @@ class Module:
             raise UserError(f"{self.file}: does not parse: {error}") from None
 
     @cached_property
-    def lines(self) -> list[str]:
-        return self.text.splitlines()
-
-    @cached_property
     def classes(self) -> dict[str, ast.ClassDef]:
         return {node.name: node for node in self.body if isinstance(node, ast.ClassDef)}
 

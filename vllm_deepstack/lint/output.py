@@ -43,7 +43,7 @@ def link(code: str) -> str:
     return f"{PROJECT}/blob/main/docs/lint.md#{code.lower()}"
 
 
-def written_and_read(finding: Finding, path: Callable[[Path], str] = in_repository) -> str:
+def written_and_read(finding: Finding, path: Callable[[Path], str]) -> str:
     places = finding.writer, finding.reader
     writer, reader = (f"{p.method.name} ({path(p.method.file)}:{p.line})" for p in places)
     also = f"; also in {', '.join(finding.also)}" if finding.also else ""
@@ -112,7 +112,7 @@ def sarif(findings: list[Finding], classes: int) -> str:
         {
             "ruleId": finding.code,
             "level": "note" if finding.inherited else "error",
-            "message": {"text": f"{finding.message}; {written_and_read(finding)}"},
+            "message": {"text": f"{finding.message}; {written_and_read(finding, in_repository)}"},
             "locations": [location(finding.file, finding.line)],
             "relatedLocations": [
                 location(place.method.file, place.line)
@@ -130,7 +130,7 @@ def sarif(findings: list[Finding], classes: int) -> str:
 def github(findings: list[Finding], classes: int) -> str:
     return "\n".join(
         f"::{'notice' if f.inherited else 'error'} file={in_repository(f.file)},line={f.line},"
-        f"title={f.code} {f.rule.name}::{f.message}; {written_and_read(f)}"
+        f"title={f.code} {f.rule.name}::{f.message}; {written_and_read(f, in_repository)}"
         for f in findings
     )
 

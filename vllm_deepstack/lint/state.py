@@ -215,10 +215,10 @@ class Reader:
             self.phase, self.state, self.asked, self.in_tower = kept
         if owner.initial and cell in owner.initial:
             return owner.initial[cell]
-        match owner.cls and owner.cls.member(cell.name):
-            case ast.Constant(value=const):
-                return NONE if const is None else Value(const=const)
-        return None
+        member = owner.cls and owner.cls.member(cell.name)
+        if not isinstance(member, ast.Constant):
+            return None
+        return NONE if member.value is None else Value(const=member.value)
 
     def place(self, node: ast.AST) -> Place:
         return Place(self.frames[-1].method, getattr(node, "lineno", 1))
@@ -271,10 +271,9 @@ class Reader:
     def change(self, target: Value, kind: str, value: Value, node: ast.AST) -> None:
         """In place."""
         for ref in target.refs:
-            if ref.extent != PART and ref.cell not in value.cells:
-                self.write(kind, ref.cell, value, node)
-            elif kind != CLEAR:
-                self.write(STAGE, ref.cell, value, node)
+            partly = ref.extent == PART or ref.cell in value.cells
+            if not partly or kind != CLEAR:
+                self.write(STAGE if partly else kind, ref.cell, value, node)
 
     def use(self, value: Value) -> None:
         for cell, _, bound in value.refs if self.phase == RUNNING and self.state else ():

@@ -78,9 +78,7 @@ def selected(text: str) -> list[str]:
     found: list[str] = []
     for part in text.split(","):
         part = part.strip()
-        codes = [
-            c for c, rule in RULES.items() if part and (c.startswith(part) or rule.name == part)
-        ]
+        codes = [c for c in RULES if part and (c.startswith(part) or RULES[c].name == part)]
         if not codes:
             raise argparse.ArgumentTypeError(f"no rule {part!r}; there are {', '.join(RULES)}")
         found += codes
@@ -133,14 +131,15 @@ def examine(files: Files, select: list[str]) -> tuple[list[Finding], int]:
             names = {cls.name, *(found[key].also if key in found else ())} - {finding.cls}
             if key not in found or cls.name == finding.cls:  # that class's own reader
                 found[key] = finding
-            apart = finding.file not in asked
+            places = finding.file, finding.writer.method.file, finding.reader.method.file
+            apart = asked.isdisjoint(places)
             found[key] = replace(found[key], also=tuple(sorted(names)), inherited=apart)
     ordered = sorted(found.values(), key=lambda f: (str(f.file), f.line, f.code))
     return ordered, len(files.models)
 
 
 def excused(module: Module | None, finding: Finding) -> bool:
-    match = NOQA.search(module.lines[finding.line - 1]) if module else None
+    match = NOQA.search(module.text.splitlines()[finding.line - 1]) if module else None
     if match is None or finding.code not in match[1]:
         return False
     if not match[2].strip():
