@@ -478,7 +478,9 @@ class Reader:
         values, keywords = given
         if method in [f.method for f in self.frames] or len(self.frames) > 12:
             return union([*values, *keywords.values()]).computed()
-        args = method.node.args
+        before, asked, frame, args = self.state, self.asked, Frame(method, on), method.node.args
+        self.state = before.copy()
+        self.frames.append(frame)
         names, bound = [a.arg for a in (*args.posonlyargs, *args.args)], dict(keywords)
         if on is not None and names and not method.is_a("staticmethod"):
             bound[names.pop(0)] = Value(holds=on)
@@ -489,17 +491,15 @@ class Reader:
             bound.setdefault(name, bound["**"] if "**" in bound else self.ev(default))
         if args.kwarg:
             bound[args.kwarg.arg] = union(keywords.values())
-        kept, asked, frame = self.state.names, self.asked, Frame(method, on)
         self.state.names = bound
-        self.frames.append(frame)
         self.run(method.node.body)
         self.frames.pop()
         ends = [*frame.exits, *([(self.state, NONE, True)] if self.state else [])]
         self.state, self.asked = None, asked
         for state, _, depends in sorted(ends, key=lambda end: not end[2]):
             self.state = self.merge(self.state, state, None if depends else frozenset())
-        if self.state:
-            self.state.names = kept
+        self.state = self.state or before  # what always raises is for another class to define
+        self.state.names = before.names
         return join(*([v for _, v, _ in ends if v is not NONE] or [NONE]))
 
     def called(self, node: ast.Call) -> Value:
