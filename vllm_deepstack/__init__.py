@@ -15,6 +15,8 @@ STATE = ".vllm-deepstack"
 """The folder beside vllm/ in which `apply` keeps the original files."""
 OFF = "DEEPSTACK_DISABLE"
 """Leaves vLLM as it is installed."""
+PROJECT = "https://github.com/OWNER/REPOSITORY"
+"""Where the docs are."""
 REQUIRE = "DEEPSTACK_REQUIRE"
 """A model that is built without the fixes is an error."""
 

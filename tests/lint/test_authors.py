@@ -119,14 +119,15 @@ def test_the_commands_are_ours(command):
     assert args.execute
 
 
-def test_the_lint_step_fails_on_a_broken_model(tmp_path):
+def test_the_lint_step_fails_on_a_broken_model(tmp_path, unpacked):
     """As a CI runs it, in a repository of models."""
     (tmp_path / "models").mkdir()
-    (command,) = {c for c in COMMANDS if c.endswith("lint --format github models/")}
+    (command,) = {c for c in COMMANDS if c.endswith("--format github models/")}
     ours = f"PYTHONPATH={ROOT} {sys.executable} -m vllm_deepstack"
-    command = command.replace("vllm-deepstack", ours)
+    command = command.replace("vllm-deepstack", ours).replace("../vllm", str(unpacked("0.33.0")))
     for text, code in ((MODEL, 0), (MODEL.replace(f"        {CLEAR}\n", ""), 1)):
-        (tmp_path / "models/model.py").write_text(text)
+        base = "from vllm.model_executor.models.interfaces import SupportsMultiModal\n"
+        (tmp_path / "models/model.py").write_text(f"from torch import nn\n{base}{text}")
         done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == code, done.stderr
         assert ("::" in done.stdout and "DS002" in done.stdout) == bool(code)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from textwrap import dedent, indent
 
 import jsonschema
 import pytest
+import yaml
 
-from vllm_deepstack import ROOT
+from vllm_deepstack import PROJECT, ROOT
 from vllm_deepstack.__main__ import main
 from vllm_deepstack.lint.rules import RULES
 from vllm_deepstack.lint.verb import lint
@@ -51,7 +55,7 @@ return self.language_model(inputs_embeds, deepstack=rows)
 RUN_AND_CLEAR = """
 out = self.language_model(inputs_embeds, deepstack=self.staged)
 if self.num_staged:
-    self.staged[0].zero_()
+    self.staged.zero_()
     self.num_staged = 0
 return out
 """
@@ -70,13 +74,14 @@ WRONG = {
         "    self.staged = self.staged.to(input_ids.device)\nreturn input_ids",
         RUN,
     ),
-    "DS004": (ALLOCATE, STAGE, "self.staged[0].zero_()\n" + RUN),
+    "DS004": (ALLOCATE, CLEAR_FIRST, RUN),
     "DS005": (REGISTER, CLEAR_FIRST, RUN_ROWS),
     "DS006": (
         "with self._mark_tower_model(None, 'image'):\n    " + REGISTER,
         CLEAR_FIRST,
         RUN,
     ),
+    "DS007": (REGISTER, CLEAR_FIRST, "if not self.num_staged:\n    self.staged.zero_()\n" + RUN),
 }
 RIGHT = {
     "DS001": (REGISTER, CLEAR_FIRST, RUN),
@@ -84,7 +89,13 @@ RIGHT = {
     "DS003": (REGISTER, CLEAR_FIRST, RUN),
     "DS004": (REGISTER, CLEAR_FIRST, RUN),
     "DS005": (REGISTER, CLEAR_FIRST, RUN),
-    "DS006": (REGISTER, CLEAR_FIRST, RUN),
+    "DS006": (
+        "with self._mark_tower_model(None, 'image'):\n"
+        "    self.register_buffer('staged', torch.zeros(3, 8, 4, device='cuda'))",
+        CLEAR_FIRST,
+        RUN,
+    ),
+    "DS007": (REGISTER, CLEAR_FIRST, RUN_AND_CLEAR),
 }
 
 
@@ -116,6 +127,9 @@ def test_what_forward_always_clears_is_in_the_graph(tmp_path):
 
 
 BASE = """
+import torch
+
+
 class Model:
     def __init__(self):
         self.register_buffer("staged", torch.zeros(8, 4))
@@ -160,8 +174,9 @@ def test_through_methods_getters_and_files(tmp_path):
 
 def test_what_is_written_at_every_step(tmp_path):
     """Gemma 3n's per-layer embeddings: of all tokens, of every step."""
-    embed = "if input_ids is not None:\n    self.staged[0][:4].copy_(input_ids)\nreturn input_ids"
-    assert codes(write(tmp_path / "model.py", ALLOCATE, embed, RUN_ROWS)) == []
+    embed = "n = len(input_ids)\nif input_ids is not None:\n    self.staged[:n].copy_(input_ids)"
+    one = "self.staged = torch.zeros(8, 4)"
+    assert codes(write(tmp_path / "model.py", one, embed, RUN)) == []
 
 
 def test_a_model_without_staging(tmp_path):
@@ -179,10 +194,11 @@ class TestCommand:
     def test_text(self, file, capsys):
         assert main(["lint", "model.py"]) == 1
         first, where, docs, last = capsys.readouterr().out.splitlines()
-        line = file.read_text().splitlines().index("            self.staged[0].zero_()") + 1
-        assert first.startswith(f"model.py:{line}: DS002 Model.staged: a replayed graph does not")
+        line = file.read_text().splitlines().index("            self.staged.zero_()") + 1
+        begins = f"model.py:{line}: DS002 stale-staging: Model.staged: a replayed graph does not"
+        assert first.startswith(begins)
         assert "written by embed_input_ids (model.py:" in where and "read by forward" in where
-        assert docs.strip() == "docs/lint.md#ds002"
+        assert docs.strip() == f"{PROJECT}/blob/main/docs/lint.md#ds002"
         assert last == "1 finding in 1 classes that embed and run"
 
     def test_json(self, file, capsys):
@@ -221,7 +237,7 @@ class TestCommand:
         ],
     )
     def test_noqa(self, file, capsys, comment, code):
-        line = "            self.staged[0].zero_()"
+        line = "            self.staged.zero_()"
         file.write_text(file.read_text().replace(line, f"{line}  {comment}"))
         assert main(["lint", "model.py"]) == code
         no_reason = "gives no reason, and is ignored" in capsys.readouterr().err
@@ -231,6 +247,86 @@ class TestCommand:
         file = write(tmp_path / "model.py", *RIGHT["DS002"])
         assert main(["lint", str(file)]) == 0
         assert capsys.readouterr().out == "0 findings in 1 classes that embed and run\n"
+
+    def test_rules_by_name(self, file, capsys):
+        assert main(["lint", "model.py", "--select", "none-or-tensor, wiped-before-read"]) == 0
+        assert main(["lint", "model.py", "--select", "stale-staging"]) == 1
+        assert "stale-staging" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("format", ["json", "sarif", "github"])
+    def test_paths_begin_at_the_repository(self, tmp_path, monkeypatch, capsys, format):
+        (tmp_path / "models").mkdir()
+        write(tmp_path / "models/model.py", *WRONG["DS002"])
+        monkeypatch.chdir(tmp_path / "models")
+        subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+        assert main(["lint", "model.py", "--format", format]) == 1
+        assert "models/model.py" in capsys.readouterr().out
+
+    def test_paths_without_git(self, tmp_path, monkeypatch, capsys):
+        (tmp_path / "models").mkdir()
+        write(tmp_path / "models/model.py", *WRONG["DS002"])
+        monkeypatch.chdir(tmp_path / "models")
+        monkeypatch.setenv("GITHUB_WORKSPACE", str(tmp_path))
+        assert main(["lint", "model.py", "--format", "github"]) == 1
+        assert "file=models/model.py,line=" in capsys.readouterr().out
+
+    def test_links_of_sarif_are_absolute(self, file, capsys):
+        assert main(["lint", "model.py", "--format", "sarif"]) == 1
+        (run,) = json.loads(capsys.readouterr().out)["runs"]
+        for rule in run["tool"]["driver"]["rules"]:
+            assert rule["helpUri"].startswith("https://")
+            assert rule["name"] == RULES[rule["id"]].name
+
+    def test_a_base_that_cannot_be_read(self, tmp_path, capsys):
+        file = write(tmp_path / "model.py", *RIGHT["DS002"])
+        text = file.read_text().replace("class Base(nn.Module)", "class Base(nn.Module, Other)")
+        file.write_text("from elsewhere import Other\n" + text)
+        assert main(["lint", str(file)]) == 2
+        assert "Base: its base Other cannot be read" in capsys.readouterr().err
+
+    def test_a_finding_is_more_than_a_base(self, file, capsys):
+        file.write_text("from elsewhere import nn\n" + file.read_text())
+        file.write_text(file.read_text().replace("from torch import nn\n", ""))
+        assert main(["lint", "model.py"]) == 1
+        assert "its base nn.Module cannot be read" in capsys.readouterr().err
+
+    def test_what_was_not_asked_for_is_apart(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        Path("base.py").write_text(BASE)
+        Path("derived.py").write_text(DERIVED)
+        assert main(["lint", "derived.py"]) == 0
+        first, second, *_ = capsys.readouterr().out.splitlines()
+        assert first == "In files that were not asked for:"
+        assert second.startswith("base.py:")
+        assert main(["lint", "derived.py", "base.py"]) == 1
+        assert main(["lint", "derived.py", "--format", "json"]) == 0
+
+    def test_what_a_file_makes_of_its_base_is_its_own(self, tmp_path, monkeypatch, capsys):
+        """The base clears; what stages in its place does not."""
+        monkeypatch.chdir(tmp_path)
+        write(Path("base.py"), REGISTER, CLEAR_FIRST, RUN_AND_CLEAR)
+        stage = "    def embed_input_ids(self, ids, m=None):\n        self.staged[m] = ids\n"
+        Path("derived.py").write_text(DERIVED.replace("    pass\n", stage))
+        assert main(["lint", "base.py"]) == 0
+        assert main(["lint", "derived.py"]) == 1
+        assert "not asked for" not in capsys.readouterr().out
+
+    def test_baseline(self, file, capsys):
+        assert main(["lint", "model.py", "--write-baseline", "known.json"]) == 0
+        file.write_text("# One line more.\n" + file.read_text())
+        assert main(["lint", "model.py", "--baseline", "known.json"]) == 0
+        file.write_text(file.read_text().replace("class Model(", "class Another("))
+        assert main(["lint", "model.py", "--baseline", "known.json"]) == 1
+        Path("known.json").write_text("no")
+        assert main(["lint", "model.py", "--baseline", "known.json"]) == 2
+        assert "known.json: is no JSON" in capsys.readouterr().err
+
+    def test_the_hook_needs_nothing_installed(self, file):
+        hook = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())[0]
+        command = [sys.executable, "-I", "-S", str(ROOT / hook["entry"]), "model.py"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 1, done.stderr
+        assert os.access(ROOT / hook["entry"], os.X_OK)
 
     def test_errors(self, tmp_path, capsys):
         assert main(["lint", str(tmp_path / "none.py")]) == 2

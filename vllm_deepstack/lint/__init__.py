@@ -1,3 +1,1 @@
 """Reads vLLM models' code for state that goes wrong when `forward` is compiled or captured."""
-
-DOCS = "docs/lint.md"

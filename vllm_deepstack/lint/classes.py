@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import re
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from ..cli import UserError
 
 EMBED, FORWARD, INIT = "embed_input_ids", "forward", "__init__"
-CLASS = re.compile(r"^class (\w+)", re.MULTILINE)
+CLASS = re.compile(r"^class (\w+)(?:\(([^)]*)\))?", re.MULTILINE)
+MODEL = re.compile(r"(ForConditionalGeneration|ForCausalLM|Model|Mixin)\b")
+KNOWN = {"torch", *dir(builtins), *sys.stdlib_module_names}
+"""Where classes are from that stage nothing."""
 Function = ast.FunctionDef
 
 
@@ -30,6 +35,9 @@ class Method:
     @property
     def name(self) -> str:
         return self.node.name
+
+    def is_a(self, decorator: str) -> bool:
+        return any(ast.unparse(d).endswith(decorator) for d in self.node.decorator_list)
 
 
 @dataclass(eq=False)
@@ -49,37 +57,45 @@ class Module:
             raise UserError(f"{self.file}: does not parse: {error}") from None
 
     @cached_property
-    def lines(self) -> list[str]:
-        return self.text.splitlines()
-
-    @cached_property
     def classes(self) -> dict[str, ast.ClassDef]:
         return {node.name: node for node in self.body if isinstance(node, ast.ClassDef)}
 
     @cached_property
-    def imports(self) -> dict[str, tuple[Path, str]]:
-        """Where a name comes from, and what it is called there."""
-        found = {}
-        left = list(self.body)
+    def functions(self) -> dict[str, Function]:
+        return {node.name: node for node in self.body if isinstance(node, Function)}
+
+    @cached_property
+    def imports(self) -> dict[str, tuple[str, Path | None, str]]:
+        """Of a name: the module that it comes from, where that is, and what it is called there."""
+        found, left = dict[str, tuple[str, Path | None, str]](), list(self.body)
         while left:
             node = left.pop()
             if isinstance(node, (ast.If, ast.Try)):
                 left += [*node.body, *node.orelse]
-            elif isinstance(node, ast.ImportFrom) and (folder := self.folder(node.level)):
-                path = folder.joinpath(*(node.module or "").split("."))
+            elif isinstance(node, ast.ImportFrom):
+                folder = self.file.parents[node.level - 1] if node.level else self.root
+                path = folder and folder.joinpath(*(node.module or "").split("."))
                 for alias in node.names:
-                    found[alias.asname or alias.name] = path, alias.name
+                    module = "." * node.level + (node.module or "")
+                    found[alias.asname or alias.name] = module, path, alias.name
+            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                name = ast.unparse(node.value)
+                found[node.targets[0].id] = name, self.file, name  # another name for a class
+            elif isinstance(node, ast.Import):
+                for alias in node.names:
+                    found[alias.asname or alias.name.partition(".")[0]] = alias.name, None, ""
         return found
-
-    def folder(self, level: int) -> Path | None:
-        return self.file.parents[level - 1] if level else self.root
 
 
 @dataclass(eq=False)
 class Class:
     module: Module
     node: ast.ClassDef
+    sibling: Callable[[str], Class | None]
+    """A class that its file defines or imports, by its name there."""
     bases: list[Class] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    """Bases that cannot be read."""
 
     @property
     def name(self) -> str:
@@ -94,64 +110,37 @@ class Class:
         return list(found)
 
     @cached_property
-    def own(self) -> dict[str, Method]:
-        """Its methods; of a property, what reads it."""
-        found: dict[str, Method] = {}
+    def own(self) -> dict[str, Method | ast.expr]:
+        """Its methods, of a property what reads it; and its attributes."""
+        found: dict[str, Method | ast.expr] = {}
         for node in self.node.body:
-            if isinstance(node, Function):
-                found.setdefault(node.name, Method(self, node))
+            match node:
+                case ast.FunctionDef(name=name):
+                    found.setdefault(name, Method(self, node))
+                case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                    found[name] = value
+                case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
+                    found[name] = value
         return found
 
-    @cached_property
-    def setters(self) -> dict[str, Method]:
-        """What runs when a property is set, by the property's name; inherited ones, too."""
-        found: dict[str, Method] = {}
-        for cls in self.lineage:
-            for node in cls.node.body:
-                if isinstance(node, Function) and any(
-                    isinstance(d, ast.Attribute) and d.attr == "setter" for d in node.decorator_list
-                ):
-                    found.setdefault(node.name, Method(cls, node))
+    def member(self, name: str, after: Class | None = None) -> Method | ast.expr | None:
+        """What `self.name` is; with `after`, `super().name` in a method of that class."""
+        lineage = self.lineage[self.lineage.index(after) + 1 if after else 0 :]
+        cls = next((cls for cls in lineage if name in cls.own), self)
+        match found := cls.own.get(name):
+            case ast.Attribute(ast.Name(id=base), attr) if other := cls.sibling(base):
+                return other.member(attr)
         return found
 
     def method(self, name: str, after: Class | None = None) -> Method | None:
-        """The one that `self.name` is; with `after`, `super().name` in a method of that class."""
-        lineage = self.lineage
-        if after is not None:
-            lineage = lineage[lineage.index(after) + 1 :]
-        return next((cls.own[name] for cls in lineage if name in cls.own), None)
+        found = self.member(name, after)
+        return found if isinstance(found, Method) else None
 
-    def reach(self, *names: str) -> list[Method]:
-        """Methods that run when those run, but for `__init__`."""
-        left = [found for name in names if (found := self.method(name))]
-        seen: dict[Method, None] = {}
-        while left:
-            method = left.pop()
-            if method in seen or method.name == INIT:
-                continue
-            seen[method] = None
-            left += self.called(method, method.node)
-        return list(seen)
-
-    def called(self, method: Method, node: ast.AST) -> Iterator[Method]:
-        """The class's own methods, and setters of its properties, that a part of a method calls."""
-        for part in ast.walk(node):
-            name = own_attribute(part)
-            if name and isinstance(getattr(part, "ctx", None), ast.Store):
-                found = self.setters.get(name)
-            elif name:
-                found = self.method(name)
-            elif (
-                isinstance(part, ast.Attribute)
-                and isinstance(part.value, ast.Call)
-                and isinstance(part.value.func, ast.Name)
-                and part.value.func.id == "super"
-            ):
-                found = self.method(part.attr, after=method.owner)
-            else:
-                continue
-            if found:
-                yield found
+    def setter(self, name: str) -> Method | None:
+        """What runs when a property is set."""
+        cls = next((cls for cls in self.lineage if name in cls.own), self)
+        methods = (Method(cls, node) for node in cls.node.body if isinstance(node, Function))
+        return next((m for m in methods if m.name == name and m.is_a(".setter")), None)
 
 
 class Files:
@@ -185,71 +174,49 @@ class Files:
 
     def find(self, file: Path, name: str) -> Class | None:
         """A class by the file that defines it, or that imports it. None: it is elsewhere."""
-        if (file, name) in self.made:
-            return self.made[file, name]
-        self.made[file, name] = None  # a circle ends here
-        module = self.module(file)
-        if module is None:
-            return None
-        found = None
-        if name in module.classes:
-            found = Class(module, module.classes[name])
-            for base in found.node.bases:
-                if isinstance(base, ast.Subscript):
-                    base = base.value
-                if isinstance(base, ast.Name) and (cls := self.find(file, base.id)):
-                    found.bases.append(cls)
-        elif name in module.imports:
-            path, original = module.imports[name]
-            found = self.find(path.with_suffix(".py"), original) or self.find(
-                path / "__init__.py", original
-            )
-        self.made[file, name] = found
-        return found
+        if (file, name) not in self.made:
+            self.made[file, name] = None  # a circle ends here
+            self.made[file, name] = self.look_for(file, name)
+        return self.made[file, name]
 
-    def classes(self) -> Iterator[Class]:
+    def look_for(self, file: Path, name: str) -> Class | None:
+        module, (first, _, last) = self.module(file), name.partition(".")
+        if module and first in module.classes:
+            found = Class(module, module.classes[first], partial(self.find, file))
+            for base in found.node.bases:
+                text = ast.unparse(base.value if isinstance(base, ast.Subscript) else base)
+                root = text.partition(".")[0]
+                if cls := self.find(file, text):
+                    found.bases.append(cls)
+                elif module.imports.get(root, (root,))[0].partition(".")[0] not in KNOWN:
+                    found.missing.append(text)
+            return found
+        _, path, original = module.imports.get(first, ("", None, "")) if module else ("", None, "")
+        if path and last:  # a module's
+            path, original = path / original, last
+        files = (path.with_suffix(".py"), path / "__init__.py") if path else ()
+        return next((cls for found in files if (cls := self.find(found, original))), None)
+
+    @cached_property
+    def models(self) -> list[Class]:
         """Those of the files that were asked for which stage something: they, or what they
         inherit, have `embed_input_ids` and `forward`. Other files are not parsed."""
-        family = self.family()
-        for module in self.asked:
-            if any(name in family for name in CLASS.findall(module.text)):
-                for name in module.classes:
-                    cls = self.find(module.file, name)
-                    if cls and cls.method(EMBED) and cls.method(FORWARD):
-                        yield cls
-
-    def family(self) -> set[str]:
-        """The names of classes that define `embed_input_ids`, and of those derived from them, by
-        their text; and of those derived from models that were not asked for."""
-        bases: dict[str, set[str]] = {}
-        family = set()
-        for module in self.asked:
-            parts = re.split(r"^class (\w+)", module.text, flags=re.MULTILINE)
-            for name, text in zip(parts[1::2], parts[2::2]):
-                head = text.partition(":\n")[0]
-                bases.setdefault(name, set()).update(re.findall(r"\w+", head))
-                if f"def {EMBED}(" in text:
-                    family.add(name)
-        family |= {
-            word
-            for names in bases.values()
-            for word in names - bases.keys()
-            if word.endswith(("ForConditionalGeneration", "ForCausalLM", "Model", "Mixin"))
-        }
-        grown = True
-        while grown:
-            more = {name for name, names in bases.items() if names & family} - family
+        found = [(m, name, bases) for m in self.asked for name, bases in CLASS.findall(m.text)]
+        names = {name for _, name, _ in found}
+        family = {name for m, name, _ in found if f"def {EMBED}(" in m.text}
+        words = {name: set(re.findall(r"\w+", bases)) for _, name, bases in found}
+        more = {n for n, w in words.items() if any(map(MODEL.search, w - names))} | family
+        while more:  # what inherits those, and models of files that were not asked for
             family |= more
-            grown = bool(more)
-        return family
+            more = {n for n, w in words.items() if w & family} - family
+        modules = dict.fromkeys(m for m, name, _ in found if name in family)
+        every = [self.find(module.file, name) for module in modules for name in module.classes]
+        return [cls for cls in every if cls and cls.method(EMBED) and cls.method(FORWARD)]
 
 
 def own_attribute(node: ast.AST) -> str | None:
     """The name of `self.name`."""
-    if (
-        isinstance(node, ast.Attribute)
-        and isinstance(node.value, ast.Name)
-        and node.value.id == "self"
-    ):
-        return node.attr
+    match node:
+        case ast.Attribute(ast.Name(id="self"), name):
+            return name
     return None

@@ -4,43 +4,60 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
-from . import DOCS
+from .. import PROJECT, __version__
 from .rules import RULES, Finding
 from .state import Place
 
-SCHEMA = 1
+SCHEMA = 2
 """Of `--format json`: docs/schemas/lint.json. Another number when a field changes its meaning."""
 
 
-def relative(file: Path) -> str:
-    """As a person would write it, where it is below the current folder."""
-    path = os.path.relpath(file)
-    return str(file) if path.startswith("..") else path
+@cache
+def repository(folder: Path) -> Path:
+    """What a CI's paths are relative to."""
+    command = ["git", "-C", str(folder), "rev-parse", "--show-toplevel"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:  # there is no git
+        told = ""
+    return Path(told or os.environ.get("GITHUB_WORKSPACE") or folder).resolve()
+
+
+def relative(file: Path, to: Path | None = None) -> str:
+    """To the current folder, or another. Absolute, where it is not below."""
+    path = os.path.relpath(file, to)
+    return str(file) if path.startswith("..") else Path(path).as_posix()
+
+
+def in_repository(file: Path) -> str:
+    return relative(file, repository(Path.cwd()))
 
 
 def link(code: str) -> str:
-    return f"{DOCS}#{code.lower()}"
+    return f"{PROJECT}/blob/main/docs/lint.md#{code.lower()}"
 
 
-def written_and_read(finding: Finding) -> str:
-    def at(place: Place) -> str:
-        return f"{place.method.name} ({relative(place.method.file)}:{place.line})"
-
-    text = f"written by {at(finding.writer)}, read by {at(finding.reader)}"
-    return text + (f"; also in {', '.join(finding.also)}" if finding.also else "")
+def written_and_read(finding: Finding, path: Callable[[Path], str]) -> str:
+    places = finding.writer, finding.reader
+    writer, reader = (f"{p.method.name} ({path(p.method.file)}:{p.line})" for p in places)
+    also = f"; also in {', '.join(finding.also)}" if finding.also else ""
+    return f"written by {writer}, read by {reader}{also}"
 
 
 def text(findings: list[Finding], classes: int) -> str:
     lines = []
-    for finding in findings:
+    for finding in sorted(findings, key=lambda f: f.inherited):
+        if finding.inherited and "In files that were not asked for:" not in lines:
+            lines.append("In files that were not asked for:")
         place = f"{relative(finding.file)}:{finding.line}"
-        lines.append(f"{place}: {finding.code} {finding.message}")
-        lines.append(f"    {written_and_read(finding)}")
+        lines.append(f"{place}: {finding.code} {finding.rule.name}: {finding.message}")
+        lines.append(f"    {written_and_read(finding, relative)}")
         lines.append(f"    {link(finding.code)}")
     found = f"{len(findings)} finding{'s' * (len(findings) != 1)}"
     return "\n".join([*lines, f"{found} in {classes} classes that embed and run"])
@@ -48,19 +65,18 @@ def text(findings: list[Finding], classes: int) -> str:
 
 def as_json(findings: list[Finding], classes: int) -> str:
     def place(at: Place) -> dict[str, Any]:
-        return {"method": at.method.name, "file": relative(at.method.file), "line": at.line}
+        return {"method": at.method.name, "file": in_repository(at.method.file), "line": at.line}
 
     rows = [
         {
-            "code": finding.code,
-            "file": relative(finding.file),
+            **identity(finding),
+            "name": finding.rule.name,
             "line": finding.line,
-            "class": finding.cls,
-            "attribute": finding.attribute,
-            "why": RULES[finding.code].why,
+            "why": finding.rule.why,
             "writer": place(finding.writer),
             "reader": place(finding.reader),
             "also": list(finding.also),
+            "inherited": finding.inherited,
             "docs": link(finding.code),
         }
         for finding in findings
@@ -68,17 +84,24 @@ def as_json(findings: list[Finding], classes: int) -> str:
     return json.dumps({"schema": SCHEMA, "classes": classes, "findings": rows}, indent=1)
 
 
+def identity(finding: Finding) -> dict[str, str]:
+    """What a finding is known by in a baseline: not by its line."""
+    file = in_repository(finding.file)
+    names = {"class": finding.cls, "attribute": finding.attribute}
+    return {"file": file, "code": finding.code, **names}
+
+
 def sarif(findings: list[Finding], classes: int) -> str:
     """https://docs.oasis-open.org/sarif/sarif/v2.1.0"""
 
     def location(file: Path, line: int) -> dict[str, Any]:
-        artifact = {"uri": Path(relative(file)).as_posix()}
-        region = {"startLine": line}
-        return {"physicalLocation": {"artifactLocation": artifact, "region": region}}
+        artifact = {"uri": in_repository(file)}
+        return {"physicalLocation": {"artifactLocation": artifact, "region": {"startLine": line}}}
 
     rules = [
         {
             "id": rule.code,
+            "name": rule.name,
             "shortDescription": {"text": rule.title},
             "fullDescription": {"text": rule.why},
             "helpUri": link(rule.code),
@@ -88,8 +111,8 @@ def sarif(findings: list[Finding], classes: int) -> str:
     results = [
         {
             "ruleId": finding.code,
-            "level": "error",
-            "message": {"text": f"{finding.message}; {written_and_read(finding)}"},
+            "level": "note" if finding.inherited else "error",
+            "message": {"text": f"{finding.message}; {written_and_read(finding, in_repository)}"},
             "locations": [location(finding.file, finding.line)],
             "relatedLocations": [
                 location(place.method.file, place.line)
@@ -106,8 +129,8 @@ def sarif(findings: list[Finding], classes: int) -> str:
 
 def github(findings: list[Finding], classes: int) -> str:
     return "\n".join(
-        f"::error file={relative(f.file)},line={f.line},title={f.code}::"
-        f"{f.message}; {written_and_read(f)}"
+        f"::{'notice' if f.inherited else 'error'} file={in_repository(f.file)},line={f.line},"
+        f"title={f.code} {f.rule.name}::{f.message}; {written_and_read(f, in_repository)}"
         for f in findings
     )
 

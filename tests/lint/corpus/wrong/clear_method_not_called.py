@@ -1,0 +1,44 @@
+"""embed_input_ids names the clearing method as its first statement, without calling it.
+
+Wrong: `self._rinse` without parentheses does nothing.
+"""
+
+import torch
+from torch import nn
+
+from vllm.model_executor.models.interfaces import SupportsMultiModal
+from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
+
+
+class LaundryForConditionalGeneration(nn.Module, SupportsMultiModal):
+    def __init__(self, *, vllm_config, prefix=""):
+        super().__init__()
+        rows = vllm_config.scheduler_config.max_num_batched_tokens
+        width = vllm_config.model_config.get_hidden_size()
+        self.register_buffer("drum", torch.zeros(rows, width), persistent=False)
+        self.language_model = init_vllm_registered_model(
+            vllm_config=vllm_config, prefix=maybe_prefix(prefix, "language_model")
+        )
+
+    def _rinse(self):
+        self.drum.zero_()
+
+    def embed_input_ids(self, input_ids, multimodal_embeddings=None, *, is_multimodal=None):
+        self._rinse  # noqa: B018
+        embeds = self.language_model.embed_input_ids(input_ids)
+        if multimodal_embeddings:
+            self.drum[: len(embeds)][is_multimodal] = torch.cat(  # expect: DS002
+                multimodal_embeddings
+            )
+        return embeds
+
+    def forward(
+        self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None, **kwargs
+    ):
+        return self.language_model.model(
+            input_ids,
+            positions,
+            intermediate_tensors,
+            inputs_embeds,
+            drum=self.drum[: positions.size(-1)],
+        )

@@ -1,0 +1,42 @@
+"""The buffer keeps its name and its Python object, but `.data` is set to a new tensor at every
+step.
+
+Wrong: assigning `.data` exchanges the storage, and a captured graph reads the old one.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vllm.model_executor.models.interfaces import SupportsMultiModal
+from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
+
+
+class InkwellForConditionalGeneration(nn.Module, SupportsMultiModal):
+    def __init__(self, *, vllm_config, prefix=""):
+        super().__init__()
+        self.rows = vllm_config.scheduler_config.max_num_batched_tokens
+        size = vllm_config.model_config.get_hidden_size()
+        self.register_buffer("ink", torch.zeros(self.rows, size), persistent=False)
+        self.language_model = init_vllm_registered_model(
+            vllm_config=vllm_config, prefix=maybe_prefix(prefix, "language_model")
+        )
+
+    def embed_input_ids(self, input_ids, multimodal_embeddings=None, *, is_multimodal=None):
+        embeds = self.language_model.embed_input_ids(input_ids)
+        payload = torch.zeros_like(embeds)
+        if multimodal_embeddings:
+            payload[is_multimodal] = torch.cat(multimodal_embeddings)
+        self.ink.data = F.pad(payload, (0, 0, 0, self.rows - payload.size(0)))  # expect: DS003
+        return embeds
+
+    def forward(
+        self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None, **kwargs
+    ):
+        return self.language_model.model(
+            input_ids,
+            positions,
+            intermediate_tensors,
+            inputs_embeds,
+            ink=self.ink[: positions.size(-1)],
+        )
