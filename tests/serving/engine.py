@@ -8,14 +8,12 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import uuid
-import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from vllm_deepstack.check.compare import Run
 from vllm_deepstack.check.engine import answer
@@ -179,22 +177,17 @@ def served(llm: Any, stream: list[Request]) -> list[Run | ValueError]:
         engine.renderer._apply_prompt_embeds_to_prompt(made, *made.pop("_prompt_embeds"))
         return made
 
-    add = engine.add_request
-
-    def add_with_adapter(number: str, *prompt: Any) -> None:
-        path = stream[int(number)].adapter
-        add(number, *prompt, lora_request=lora(path) if path else None)
-
-    joining = [Joining(partial(prompt, r), r.max_tokens, r.joins_after) for r in stream]
-    with patch.object(engine, "add_request", add_with_adapter):
-        found = step_through(llm, joining)
+    joining = [
+        Joining(
+            partial(prompt, r),
+            r.max_tokens,
+            r.joins_after,
+            adapter=(r.adapter, r.adapter) if r.adapter else None,
+        )
+        for r in stream
+    ]
+    found = step_through(llm, joining)
     return [each if isinstance(each, RefusedError) else each.run for each in found]  # type: ignore[misc]
-
-
-def lora(path: str) -> Any:
-    from vllm.lora.request import LoRARequest
-
-    return LoRARequest(path, 1 + zlib.crc32(path.encode()) % 10_000, path)
 
 
 if __name__ == "__main__":
