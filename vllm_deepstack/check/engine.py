@@ -76,9 +76,9 @@ def main(job: str, result: str, names: str, options: list[str]) -> None:
     if other := instead(mode, found):
         save(file, {"missing": other} | about, {})
         return
-    answer(llm, spec, file, served.chat, about, served.adapters, eager=mode == EAGER)
+    meta, _ = answer(llm, spec, file, served.chat, about, served.adapters, eager=mode == EAGER)
     if files:
-        answer_in_replay(llm, spec, files, served.chat, about)
+        answer_in_replay(llm, spec, files, meta)
 
 
 def on_gpu() -> bool:
@@ -145,10 +145,9 @@ def answer(
     return meta, arrays
 
 
-def answer_in_replay(
-    llm: Any, spec: Path, files: dict[Mode, Path], chat: dict[str, Any], about: dict[str, Any]
-) -> None:
-    """Writes what the engine gives where steps are replayed, for each mode."""
+def answer_in_replay(llm: Any, spec: Path, files: dict[Mode, Path], eager: dict[str, Any]) -> None:
+    """Writes what the engine gives where steps are replayed, for each mode. `eager`: what it gave
+    before."""
     print(f"{STAGE}recording", flush=True)
     v2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "0"  # whose rows: a CPU has V1 alone
     try:
@@ -170,11 +169,14 @@ def answer_in_replay(
             reason = f"text alone, replayed, is {most:.2g} off Python on as many rows"
             save(file, {"missing": reason}, {})
             continue
+        # The engine has seen media by now: where it is broken, text is not moved by text alone.
+        probing.leaks["text"] = eager["leaks"]["text"]
+        about = {name: eager[name] for name in ("ran", "model", "notes")}
         with replaying(llm, mode.name):
-            meta, arrays = answer(llm, spec, file, chat, about, probing=probing)
+            meta, arrays = answer(llm, spec, file, eager["chat"], about, probing=probing)
         (counts,) = llm.collective_rpc("replay_counts")
         meta |= {"seconds": time.monotonic() - began, "warnings": recorded["warnings"]}
-        meta["ran"] |= {"replayed": counts["replayed"]}
+        meta["ran"] = meta["ran"] | {"replayed": counts["replayed"]}
         if counts["problems"] or not counts["replayed"]:
             meta = {"missing": "; ".join(counts["problems"]) or "no step was replayed"}
         save(file, meta, arrays)
