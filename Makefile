@@ -134,7 +134,7 @@ build/pr43617/$(RELEASE): | $(STOCK)
 
 # Traced by Dynamo and not compiled by Inductor, which halves the time and shows D1 as well.
 TREES = released=$(STOCK) $(if $(PR43617),pr43617=build/pr43617/$(RELEASE)) fork=
-## eager, compiled and replayed on a tiny Qwen3-VL: the release, #43617, the fork; 4 minutes
+## eager, compiled and replayed on a tiny Qwen3-VL: the release, #43617, the fork; 5 minutes
 parity:
 	@echo 'installing: $(PARITY)/install.log'
 	@mkdir -p $(PARITY) && $(MAKE) --no-print-directory install $(TINY) $(if $(PR43617),build/pr43617/$(RELEASE)) \
