@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,8 @@ UNSHARED = ("unshare", "--mount")  # a mount ends with the processes that see it
 
 def can_layer(folder: Path) -> bool:
     """Whether an overlay file system can be mounted here."""
+    if not shutil.which("unshare"):
+        return False
     for name in ("lower", "upper", "work", "mounted"):
         (folder / name).mkdir()
     layers = f"lowerdir={folder}/lower,upperdir={folder}/upper,workdir={folder}/work"
