@@ -86,7 +86,9 @@ def check(
         if not args.modes and eager.meta["gpu"]:
             arms = {mode: arm for mode, arm in arms.items() if mode == DEFAULT.name}
         reference = None
-        if args.reference and not eager.meta["pooling"]:
+        if args.reference and eager.meta["pooling"]:
+            eager.meta["notes"].append("Transformers, with which no pooling model is compared")
+        elif args.reference:
             reference = transformers(args, samples, eager, folder, console)
         reports.append(
             report(eager.meta["model"], eager, arms, reference, args.tolerance, args.max_kl)
