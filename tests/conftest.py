@@ -33,6 +33,9 @@ THIN = 1
 os.environ.setdefault("DEEPSTACK_DISABLE", "1")
 
 settings.register_profile("unshrunk", phases=[Phase.generate])
+# How long a test takes says how busy the machine is.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 def pytest_addoption(parser):
