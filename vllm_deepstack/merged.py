@@ -150,8 +150,9 @@ def path_of(module: str) -> str:
 
 
 def lacking(root: Path, file: File, served: Collection[str] = ()) -> list[str]:
-    """Of the merged files that one imports, those that the vLLM in `root` does not have."""
-    known = table().merged.keys() | ({*table().earlier} if file.version else set())
+    """Of the merged files that one imports, those that the vLLM in `root` does not have, and that
+    are not `served` to it."""
+    known = table().merged
     return [n for n in file.needs if n not in served and sha256(root / n) not in known]
 
 
@@ -208,10 +209,10 @@ class Installed:
         if sha256(found.place) != found.merged:
             self.unknown[path] = f"has no merged file in {FOLDER}: install vllm-deepstack again"
             return None
-        for other in found.needs:
-            if not self.replacement(other) and sha256(self.root / other) not in table().merged:
-                self.unknown[path] = f"needs {other}, which cannot be replaced"
-                return None
+        replaced = [other for other in found.needs if self.replacement(other)]
+        if missing := lacking(self.root, found, replaced):
+            self.unknown[path] = f"needs {missing[0]}, which cannot be replaced"
+            return None
         for module, names in found.names.items():
             if missing := self.missing(module, names):
                 self.unknown[path] = f"needs {missing[0]} of {module}, which is not there"

@@ -24,7 +24,7 @@ from packaging.version import Version
 from vllm_deepstack import cli, package_index, releases
 from vllm_deepstack.cli import UserError
 from vllm_deepstack.merge.merge import merge_all
-from vllm_deepstack.merged import NONE, TABLE, module_of, sha256
+from vllm_deepstack.merged import NONE, TABLE, module_of, path_of, sha256
 from vllm_deepstack.package_index import RUNNERS
 from vllm_deepstack.patch.tree import MIXIN, OVERLAY, overlay_files
 
@@ -102,7 +102,7 @@ class Judged:
             more -= imports(path, original.read_bytes())
         needs, names = set(), dict[str, set[str]]()
         for module, name in more:
-            other = f"{module.replace('.', '/')}.py"
+            other = path_of(module)
             if other in self.merged:
                 needs.add(other)
             elif module.startswith("vllm."):
@@ -122,11 +122,7 @@ class Judged:
 
 
 def closure(paths: set[str], merged: Mapping[str, bytes]) -> set[str]:
-    more = {
-        f"{module.replace('.', '/')}.py"
-        for path in paths
-        for module, _ in imports(path, merged[path])
-    }
+    more = {path_of(module) for path in paths for module, _ in imports(path, merged[path])}
     more = (more & merged.keys()) | paths
     return more if more == paths else closure(more, merged)
 

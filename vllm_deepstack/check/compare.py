@@ -91,12 +91,8 @@ def tolerance(dtype: str, runs: Iterable[Run], least: float = 10.0) -> float:
     return TOLERANCE.get(dtype, TOLERANCE["bfloat16"]) * scale / 10
 
 
-def kl_divergence(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    """The largest KL(softmax a ‖ softmax b) of the rows, in nats; inf where it is undefined."""
-    return max(kl_divergences(a, b))
-
-
 def kl_divergences(a: NDArray[np.float64], b: NDArray[np.float64]) -> list[float]:
+    """KL(softmax a ‖ softmax b) of each row, in nats; inf where it is undefined."""
     p, q = log_softmax(a), log_softmax(b)
     with np.errstate(invalid="ignore"):
         terms = np.where(np.isneginf(p), 0.0, np.exp(p) * (p - q))

@@ -174,7 +174,9 @@ def stopping(jobs: list[Job]) -> Iterator[None]:
             for job in jobs:
                 job.signal(signal.SIGTERM)
             for job in jobs:
-                job.stop(max(0.0, until - time.monotonic()))
+                if job.process:
+                    with suppress(subprocess.TimeoutExpired):
+                        job.process.wait(max(0.0, until - time.monotonic()))
         finally:  # also if somebody loses patience
             for job in jobs:
                 job.stop(0)

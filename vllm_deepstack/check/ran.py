@@ -31,7 +31,9 @@ def of_worker(worker: Any) -> dict[str, Any]:
     compilation = worker.vllm_config.compilation_config
     layers = compilation.static_forward_context.values()
     backends = {layer.attn_backend.get_name() for layer in layers if hasattr(layer, "attn_backend")}
-    second = any(c.__module__.startswith("vllm.v1.worker.gpu.") for c in kinds(worker.model_runner))
+    second = any(
+        c.__module__.startswith("vllm.v1.worker.gpu.") for c in type(worker.model_runner).__mro__
+    )
     return {
         "runner": "V2" if second else "V1",
         "attention": sorted(backends),
@@ -44,10 +46,6 @@ def of_worker(worker: Any) -> dict[str, Any]:
         "breakable": bool(getattr(vllm.envs, "VLLM_USE_BREAKABLE_CUDAGRAPH", False)),
         "batch_invariant": bool(getattr(vllm.envs, "VLLM_BATCH_INVARIANT", False)),
     }
-
-
-def kinds(value: Any) -> tuple[type, ...]:
-    return type(value).__mro__
 
 
 def instead(mode: Mode, found: dict[str, Any]) -> str:

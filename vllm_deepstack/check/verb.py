@@ -138,19 +138,8 @@ def execute(args: argparse.Namespace) -> int:
     if args.max_kl is not None and not args.reference:
         args.parser.error("--max-kl: only with --reference")
     asked = set(args.modes or ())
-    if args.url:
-        pass
-    elif args.line:
-        if args.line[:2] != ["vllm", "serve"] or args.model or args.options:
-            args.parser.error(
-                "behind `--`, give the whole line: `-- vllm serve MODEL …`; before it, the check's "
-                f"own options alone (not {' '.join([*args.options, *args.line][:1])})"
-            )
-        args.options = args.line[2:]
-    elif args.model:
-        args.options = ["--model", args.model, *args.options]
-    else:
-        args.parser.error("name the model: --model, `-- vllm serve MODEL …`, or a server: --url")
+    if not args.url:
+        args.options = line_of(args)
     for option in args.options:
         # vLLM takes `_` for `-`, and the beginning of a name for the name.
         name = option.split("=")[0].replace("_", "-")
@@ -177,3 +166,19 @@ def execute(args: argparse.Namespace) -> int:
             "pip install junitparser matplotlib numpy pillow rich, beside vLLM"
         ) from None
     return execute(args, args.options)
+
+
+def line_of(args: argparse.Namespace) -> list[str]:
+    """What follows `vllm serve`."""
+    if not args.line:
+        if not args.model:
+            args.parser.error(
+                "name the model: --model, `-- vllm serve MODEL …`, or a server: --url"
+            )
+        return ["--model", args.model, *args.options]
+    if args.line[:2] != ["vllm", "serve"] or args.model or args.options:
+        args.parser.error(
+            "behind `--`, give the whole line: `-- vllm serve MODEL …`; before it, the check's own "
+            f"options alone (not {' '.join([*args.options, *args.line][:1])})"
+        )
+    return args.line[2:]

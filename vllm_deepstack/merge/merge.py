@@ -14,7 +14,7 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import Version
 
 from ..cli import UserError
-from ..merged import NOTICE
+from ..merged import NOTICE, path_of
 from .imports import add_imports, bound, imported
 from .splice import comparable, is_spliced, left_over, splice
 from .syntax import (
@@ -267,7 +267,7 @@ class _Merger:
             if not isinstance(small, cst.ImportFrom) or isinstance(small.names, cst.ImportStar):
                 continue
             source_module = get_absolute_module_for_import(here, small) or ""
-            path = f"{source_module.replace('.', '/')}.py"
+            path = path_of(source_module)
             if path not in self.overlay:
                 continue
             classes = {

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..cli import UserError
 from ..lint.classes import Files
-from ..merged import module_of, table
+from ..merged import module_of, path_of, table
 
 REGISTRY = "vllm/model_executor/models/registry.py"
 BACKEND = "Transformers backend"
@@ -102,8 +102,7 @@ def served_by(architectures: list[str], root: Path) -> tuple[bool, str | None]:
         if not entry:
             continue
         module, cls = entry.groups()
-        path = root / f"{module.replace('.', '/')}.py" if "." in module else file.parent / module
-        path = path.with_suffix(".py")
+        path = (root if "." in module else file.parent) / path_of(module)
         found = Files([], root).find(path.resolve(), cls)
         if not found:
             raise UserError(f"{path}: has no class {cls}, which serves {name}")

@@ -61,10 +61,15 @@ class Status:
     left as it is."""
 
     @property
+    def is_present(self) -> bool:
+        """Whether any model has a defect for which there is a fix."""
+        return any(PRESENT in states.values() for states in self.models.values())
+
+    @property
     def code(self) -> int:
         if self.problem:
             return UNKNOWN
-        if any(PRESENT in states.values() for states in self.models.values()):
+        if self.is_present:
             return AFFECTED
         if [*self.models] == [BACKEND] and LEFT in self.models[BACKEND].values():
             return AFFECTED  # and this model is served in no other way
@@ -102,7 +107,7 @@ class Status:
         lines += [f"a hint, by lint: {text}" for text in self.hints]
         if self.problem:
             lines.append(f"cannot tell: {self.problem}")
-        elif self.code == AFFECTED and LEFT in self.models.get(BACKEND, {}).values():
+        elif self.code == AFFECTED and not self.is_present:
             lines.append("affected")
         elif self.code == AFFECTED:
             lines.append(
@@ -177,10 +182,10 @@ def judge(
     for path in concerning(model):
         sha = sha256(root / path)
         file = table().merged.get(sha) or table().earlier.get(sha)
-        put_aside = sha256(root / STATE / "originals" / path)
         ours = sha and manifest.get("files", {}).get(path) == sha
+        put_aside = root / STATE / "originals" / path
         # Of a release's file, it is what another version makes of it.
-        if not file and ours and put_aside not in table().files[path]:
+        if not file and ours and sha256(put_aside) not in table().files[path]:
             release = releases.known(manifest["release"])
             file = table().files[path][release.sources.get(path, NONE)]
             found.warn(f"{root / path} was merged from a file that is from no release: not tested")
